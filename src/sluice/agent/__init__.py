@@ -1,0 +1,1 @@
+"""The side of the domain: agent and clients (docs/spec/wire-protocol.md 7, 8, 11)."""

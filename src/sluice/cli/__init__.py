@@ -1,0 +1,1 @@
+"""Thin entry points: parse arguments, call one thing, print."""

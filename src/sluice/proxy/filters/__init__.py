@@ -1,0 +1,1 @@
+"""The built-in filters, one file each (docs/spec/proxy.md 5.1)."""

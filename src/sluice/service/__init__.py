@@ -1,0 +1,1 @@
+"""Finding and starting one service (docs/spec/wire-protocol.md 9)."""

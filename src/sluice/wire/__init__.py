@@ -1,0 +1,1 @@
+"""Bytes to messages and back, names and their validation. No I/O."""

@@ -1,0 +1,27 @@
+"""What all tests share: the path, and the groups of tests that are not run by default."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--soak``, which runs the long tests too."""
+    parser.addoption("--soak", action="store_true", help="run the tests marked soak as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long tests out unless they were asked for (by --soak or by -m soak)."""
+    if config.getoption("--soak") or "soak" in (config.getoption("-m") or ""):
+        return
+    deselected = [item for item in items if item.get_closest_marker("soak")]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
