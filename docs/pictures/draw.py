@@ -1,8 +1,8 @@
 """Draws the pictures of the documentation from the texts beside it.
 
 ``python docs/pictures/draw.py`` writes an SVG for each ``.txt`` here. The language: ``title TEXT``,
-``lane NAME TEXT`` (a column), ``A -> B : TEXT`` (an arrow), ``note A : TEXT`` (a box on a column) and
-``band A B : TEXT`` (a bar from column to column). One line is one row of the picture.
+``lane NAME TEXT`` (a column), ``A -> B : TEXT`` (an arrow), ``note A : TEXT`` (a box on a column)
+and ``band A B : TEXT`` (a bar from column to column). One line is one row of the picture.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-LANE_WIDTH = 190
+LANE_WIDTH = 226
 ROW = 38
 TOP = 84
 STYLE = (
@@ -23,7 +23,7 @@ STYLE = (
 
 
 def draw(text: str) -> str:
-    """Return the SVG for one description. Raises ValueError naming a line that is not understood."""
+    """Return the SVG for one description; ValueError names a line that is not understood."""
     title, lanes, rows = "", {}, []
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
