@@ -6,6 +6,7 @@ result: what counts is the ratio to the reference, and the spread of the rounds.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -106,8 +107,6 @@ def shell_pipe(size: int) -> float:
 
 def spawn_true() -> float:
     """Return the seconds for starting /bin/true and seeing its end, by posix_spawn."""
-    import os
-
     begun = time.perf_counter()
     pid = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(pid, 0)
@@ -115,9 +114,7 @@ def spawn_true() -> float:
 
 
 def bare_python() -> float:
-    """Return the seconds of ``python3 -I -S -c pass``, the least that a program of ours can cost."""
-    import os
-
+    """Return the seconds of ``python3 -I -S -c pass``, the least a program here costs."""
     begun = time.perf_counter()
     pid = os.posix_spawn("/usr/bin/python3", ["python3", "-I", "-S", "-c", "pass"], {})
     os.waitpid(pid, 0)
