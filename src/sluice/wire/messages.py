@@ -283,3 +283,16 @@ class MessageReader:
     def pending(self) -> int:
         """Bytes fed but not yet taken as a message; non-zero at the end means truncated."""
         return len(self._buffer) - self._start
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that the message under way lacks: of its header first, then of its body.
+
+        For a receiver that must not read past the end of a message. Call ``next`` before, which
+        refuses a header that is not allowed.
+        """
+        have = len(self._buffer) - self._start
+        if have < 8:
+            return 8 - have
+        size: int = HEADER.unpack_from(self._buffer, self._start)[1]
+        return 8 + size - have
