@@ -1,0 +1,91 @@
+"""Hearing that the other side of a descriptor is gone, while nothing is read or written.
+
+The Reactor can do it by itself. asyncio's loops cannot: add_writer would fire all the time. For
+them the descriptors are put into an epoll of their own, asked for no event (hang-up and error come
+without asking), and that epoll's descriptor, which is readable when it has an event, is given to
+the loop as a reader.
+"""
+
+from __future__ import annotations
+
+import select
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping
+
+    from sluice.flow.reactor import Loop
+
+
+class _Nested:
+    """The epoll inside a loop that has no add_hangup."""
+
+    def __init__(self, loop: Callable[[], Loop | None]) -> None:
+        # A weak reference: the table below must not keep a loop alive.
+        self._loop = loop
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+
+    def add(self, fd: int, callback: Callable[[], None]) -> None:
+        self._epoll.register(fd, 0)
+        loop = self._loop()
+        if not self._callbacks and loop is not None:
+            loop.add_reader(self._epoll.fileno(), self._fire)
+        self._callbacks[fd] = callback
+
+    def remove(self, fd: int) -> None:
+        if self._callbacks.pop(fd, None) is None:
+            return
+        try:  # noqa: SIM105
+            self._epoll.unregister(fd)
+        except OSError:
+            pass
+        loop = self._loop()
+        if not self._callbacks and loop is not None:
+            # Nothing is left registered with the loop of a process that has no call.
+            loop.remove_reader(self._epoll.fileno())
+
+    def _fire(self) -> None:
+        for fd, _ in self._epoll.poll(0):
+            callback = self._callbacks.get(fd)
+            if callback is not None:
+                self.remove(fd)
+                callback()
+
+
+_nested: MutableMapping[Loop, _Nested] | None = None
+
+
+def _of(loop: Loop) -> _Nested:
+    """Return the nested epoll of ``loop``, which lives as long as the loop does."""
+    # Large processes only; the small ones use the Reactor and never come here.
+    import weakref
+
+    global _nested
+    if _nested is None:
+        _nested = weakref.WeakKeyDictionary()
+    nested = _nested.get(loop)
+    if nested is None:
+        nested = _nested[loop] = _Nested(weakref.ref(loop))
+    return nested
+
+
+def add_hangup(loop: Loop, fd: int, callback: Callable[[], None]) -> None:
+    """Call ``callback()`` once when the other side of ``fd`` is gone (EPOLLHUP, EPOLLERR).
+
+    Raises PermissionError for descriptors that cannot be waited for.
+    """
+    own = getattr(loop, "add_hangup", None)
+    if own is not None:
+        own(fd, callback)
+    else:
+        _of(loop).add(fd, callback)
+
+
+def remove_hangup(loop: Loop, fd: int) -> None:
+    """Undo add_hangup, if it has not fired yet."""
+    own = getattr(loop, "remove_hangup", None)
+    if own is not None:
+        own(fd)
+    else:
+        _of(loop).remove(fd)
