@@ -73,6 +73,7 @@ class CallState:
     """The facts about one end of one call."""
 
     __slots__ = (
+        "caller",
         "code_sent",
         "err_open",
         "has_process",
@@ -90,6 +91,7 @@ class CallState:
 
     def __init__(self, *, caller: bool) -> None:
         """Begin before the handshake, without streams."""
+        self.caller = caller
         self.routes = CALLER_ROUTES if caller else SERVICE_ROUTES
         self.limit = MAX_DATA
         # The handshake is over.
@@ -140,7 +142,7 @@ class CallState:
             return True
         if not self.streams_closed():
             return False
-        return self.routes is SERVICE_ROUTES or self.remote_status is not None
+        return not self.caller or self.remote_status is not None
 
     def result(self) -> int:
         """Return the status 0..255 that this end ends with (section 10.7).
@@ -148,7 +150,7 @@ class CallState:
         Caller: the remote status unless it is 0, then the local program's. 255 where none came.
         Service side: that of the process, 0 without one.
         """
-        if self.routes is SERVICE_ROUTES:
+        if not self.caller:
             return self.local_status & 0xFF
         remote = -1 if self.remote_status is None else self.remote_status
         return (remote or self.local_status) & 0xFF

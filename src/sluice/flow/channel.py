@@ -16,8 +16,7 @@ is wanted is computed afresh each time:
 
 so that the two directions never wait for each other, and an idle call wakes nobody.
 
-Received payload is spliced from the channel into IN while messages are large and nobody looks at
-them; ``framing`` explains when. Sent payload: see ``sender``.
+How the bytes move, and what is copied and what the kernel moves: see ``sender`` and ``receiver``.
 
 Losing the channel is the end of reading it. A failed write only ends sending: what the other side
 sent before it went, exit code included, is still received (5.6, 10.4, 17 number 15).
@@ -28,21 +27,13 @@ docs/spec/wire-protocol.md 4.4, 10, 13.6, 17.
 from __future__ import annotations
 
 import fcntl
-import os
-import select
 
 from sluice.errors import RemoteError
-from sluice.flow.callstate import (
-    TO_HELLO,
-    TO_IN,
-    TO_STATUS,
-    TO_STDERR,
-    CallState,
-    payload_limit,
-)
+from sluice.flow.callstate import CallState, payload_limit
 from sluice.flow.endpoint import Endpoint, close_fd
-from sluice.flow.framing import BULK, Framer
-from sluice.flow.sender import EMPTY, ENDED, SPLICE, Sender
+from sluice.flow.inlet import Inlet
+from sluice.flow.receiver import SHARE, Receiver
+from sluice.flow.sender import EMPTY, ENDED, Sender
 from sluice.wire.messages import (
     DATA_STDERR,
     DATA_STDIN,
@@ -60,9 +51,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sluice.flow.reactor import Handle, Loop
-
-# Messages taken in one direction before the loop sees to its other descriptors.
-_SHARE = 16
 
 # A pipe that has passed so many bytes is worth more room, in bytes.
 _GROW_AFTER = 1 << 20
@@ -127,7 +115,6 @@ class DataChannel:
         self._on_fatal = on_fatal
         self._on_open = on_open
         self._on_stderr = on_stderr
-        self._on_warning = on_warning
         self._hello = hello
         self._version = version
         self._prefix = prefix
@@ -146,37 +133,36 @@ class DataChannel:
         self._reading.on_read = self._receive
         self._writing.on_write = self._channel_writable
         self._sender = Sender(self._writing.fd)
-        self._framer = Framer(self.state.check)
+        self._receiver = Receiver(
+            self.state,
+            self._reading,
+            on_hello=self._take_hello,
+            on_status=self._out_ended,
+            on_stderr=self._show_stderr,
+            on_warning=on_warning,
+        )
         self._in: Endpoint | None = None
         self._out: Endpoint | None = None
         self._err: Endpoint | None = None
         self._stderr: Endpoint | None = None
 
-        # BUF of section 10.1: what IN, and what stderr, did not accept yet.
-        self._held: bytes | memoryview = service_descriptor
-        self._held_stderr: bytes | memoryview = b""
-        # IN refused a splice; the payload is still in the channel.
-        self._in_full = False
-        # The end of IN has been received, behind what is held.
-        self._in_eof = False
-        self._status = b""
-        self._hello_body = b""
+        self._descriptor = service_descriptor
         self._late = in_fd < 0 and out_fd < 0
         self._attached = False
         self._early = (in_fd, out_fd, err_fd, has_process)
+        self._failed: list[bytes] = []
+        self._broken = ""
         self._announced = False
         self._grown = False
         self._single = False
-        self._warned = False
         self._closed = False
-        self._received = 0
 
     # --- what the owner may do ------------------------------------------------------------------
 
     @property
     def bytes_in(self) -> int:
         """Bytes of payload for IN that were received (not stderr)."""
-        return self._received
+        return self._receiver.received
 
     @property
     def bytes_out(self) -> int:
@@ -225,17 +211,20 @@ class DataChannel:
         ends = [encode(DATA_STDOUT), encode(DATA_STDERR)]
         if dom0:
             ends.reverse()
-        for message in ends:
-            self._sender.queue(message)
+        if self.state.opened:
+            for message in ends:
+                self._sender.queue(message)
+        else:
+            # Behind our HELLO, which may not have been sent yet.
+            self._failed = ends
         self.send_exit_only(code)
 
     def send_exit_only(self, code: int) -> None:
         """Send the exit code and nothing else (JUST_EXEC, section 7.4.5), and close."""
         if self._attached or self._closed:
             return
-        self._attached = True
+        self._attached = self._receiver.attached = True
         self.state.local_status = code
-        self._held = b""
         self._settle()
 
     def process_exited(self, status: int) -> None:
@@ -274,11 +263,10 @@ class DataChannel:
         if self._timer is not None:
             self._timer.cancel()
         self._sender.close()
-        self._held = self._held_stderr = b""
         for end in (self._in, self._out, self._err, self._stderr, self._reading, self._writing):
             if end is not None:
                 end.close()
-        if not self._attached:
+        if self._in is None and self._out is None:
             for fd in {self._early[0], self._early[1], self._early[2]}:
                 close_fd(fd)
 
@@ -299,29 +287,30 @@ class DataChannel:
         prefix = self._prefix
         for start in range(0, len(prefix), state.limit):
             self._sender.queue(encode(DATA_STDIN, prefix[start : start + state.limit]))
-        if not self._late:
+        for message in self._failed:
+            self._sender.queue(message)
+        if not self._late and not self._attached:
             self._attach(*self._early)
 
-    def _take_hello(self, piece: memoryview, last: bool) -> None:
-        """Collect the version that HELLO offers and answer it."""
-        self._hello_body += piece
-        if not last:
-            return
-        version = negotiate(U32.unpack(self._hello_body)[0])
+    def _take_hello(self, body: bytes) -> None:
+        """Answer the version that the other side offers, if we have not yet."""
+        version = negotiate(U32.unpack(body)[0])
         if self._hello == "read-first":
             self._sender.queue(encode_hello())
         self._open(version)
 
     def _attach(self, in_fd: int, out_fd: int, err_fd: int, has_process: bool) -> None:
         """Take the local streams."""
-        state = self.state
-        self._attached = True
+        state, receiver = self.state, self._receiver
+        self._attached = receiver.attached = True
         state.has_process = state.has_process or has_process
         if in_fd >= 0:
             self._in = Endpoint(self._loop, in_fd, writing=True)
             self._in.on_write = self._in_writable
             self._in.on_hangup = self._in_gone
             state.in_open = True
+            table = _FILTER if self._filter_stdout and self._caller else None
+            receiver.inlet = Inlet(self._in, self._in_closed, table=table)
         if out_fd >= 0:
             shared = self._in if in_fd == out_fd else None
             self._out = shared or Endpoint(self._loop, out_fd)
@@ -329,15 +318,15 @@ class DataChannel:
             state.out_open = True
         if self._caller:
             if err_fd >= 0:
-                self._stderr = Endpoint(self._loop, err_fd, writing=True)
-                self._stderr.on_write = self._stderr_writable
+                self._set_stderr(Endpoint(self._loop, err_fd, writing=True))
         elif err_fd >= 0:
             self._err = Endpoint(self._loop, err_fd)
             self._err.on_read = self._err_readable
             state.err_open = True
         else:
             self._sender.queue(encode(DATA_STDERR))
-        self._write_held()
+        if receiver.inlet is not None and self._descriptor:
+            receiver.inlet.put([self._descriptor])
 
     # --- sending -------------------------------------------------------------------------------
 
@@ -371,12 +360,14 @@ class DataChannel:
     def _pull(self, source: Endpoint, kind: int, look: Callable[[memoryview], None] | None) -> bool:
         """Send what ``source`` has while the channel takes it; tell whether it has ended."""
         sender = self._sender
-        for _ in range(_SHARE):
+        for _ in range(SHARE):
             if not self._flush():
                 return False
             try:
                 count = sender.take(source, kind, look)
-            except OSError:
+            except OSError as error:
+                if not self._caller:
+                    self._broken = f"the command's output cannot be read: {error.strerror}"
                 return True
             if count == EMPTY:
                 return False
@@ -436,146 +427,18 @@ class DataChannel:
     def _receive(self) -> None:
         """The channel is readable, or what was received can be delivered now."""
         try:
-            self._take_messages()
+            self._receiver.run()
         except RemoteError as error:
             self._fatal(str(error))
             return
+        if self.state.lost:
+            self._muted()
+            self._close_in()
         self._settle()
 
-    def _take_messages(self) -> None:
-        """Take messages until the channel is empty, something is full, or the share is used."""
-        framer, state = self._framer, self.state
-        self._take_pieces()
-        for _ in range(_SHARE):
-            if not self._may_read():
-                return
-            if framer.left >= BULK and self._may_splice():
-                if not self._splice_in():
-                    return
-                continue
-            try:
-                count = os.readv(self._reading.fd, [framer.room()])
-            except BlockingIOError:
-                return
-            except OSError:
-                # A reset is an end-of-file.
-                count = 0
-            if not count:
-                self._channel_ended()
-                return
-            framer.filled(count)
-            self._take_pieces()
-            if state.lost:
-                return
-
-    def _may_read(self) -> bool:
-        """Tell whether bytes may be taken from the channel now."""
-        return not self.state.lost and not self._in_full and self._may_take()
-
-    def _may_take(self) -> bool:
-        """Tell whether nothing received waits, and there is somebody to take more."""
-        if self._held or self._held_stderr or self._closed:
-            return False
-        return self._attached or not self.state.opened
-
-    def _take_pieces(self) -> None:
-        """Deliver what was read, in order; payloads for IN that follow each other in one write."""
-        framer, state = self._framer, self.state
-        batch: list[memoryview] = []
-        while self._may_take():
-            piece = framer.next()
-            if piece is None:
-                break
-            kind, payload, last = piece
-            route = state.route(kind)
-            if route == TO_IN and payload:
-                self._warn_of(kind)
-                batch.append(payload)
-                continue
-            if batch:
-                self._deliver(batch)
-                batch = []
-            if route == TO_IN:
-                self._end_in()
-            else:
-                self._take_other(route, payload, last)
-        if batch:
-            self._deliver(batch)
-
-    def _take_other(self, route: int, payload: memoryview, last: bool) -> None:
-        """Take a piece of anything that is not for IN."""
-        if route == TO_STDERR:
-            if payload:
-                self._show_stderr(payload)
-        elif route == TO_STATUS:
-            self._status += bytes(payload[: 4 - len(self._status)])
-            if last:
-                self.state.exit_code(self._status)
-                self._status = b""
-                self._out_ended()
-        elif route == TO_HELLO:
-            self._take_hello(payload, last)
-        else:
-            self._warn("a message that only a caller takes was ignored")
-
-    def _warn_of(self, kind: int) -> None:
-        """Remark, once, on a payload of the wrong direction."""
-        if (kind == DATA_STDIN) == self._caller:
-            self._warn("payload of the wrong direction was taken as if it were right")
-
-    def _warn(self, text: str) -> None:
-        """Tell the owner of something odd, once a call: the other side chooses how often."""
-        if not self._warned and self._on_warning is not None:
-            self._warned = True
-            self._on_warning(text)
-
-    def _channel_ended(self) -> None:
-        """The other side has closed; all it sent before is delivered (section 10.8)."""
-        if self._framer.inside:
-            raise RemoteError("the channel ended inside a message")
-        if not self.state.opened:
-            raise RemoteError("the channel ended before the handshake")
-        self.state.lost = True
-        self._muted()
-        self._close_in()
-
-    # --- IN ------------------------------------------------------------------------------------
-
-    def _deliver(self, batch: list[memoryview]) -> None:
-        """Write payload to IN; what it does not take now is held."""
-        data: bytes | memoryview = batch[0] if len(batch) == 1 else b"".join(batch)
-        self._received += len(data)
-        if not self.state.in_open or self._in_eof:
-            return
-        if self._filter_stdout and self._caller:
-            data = bytes(data).translate(_FILTER)
-        self._held = memoryview(data)
-        self._write_held()
-
-    def _write_held(self) -> None:
-        """Write to IN what is held for it; a failure closes IN."""
-        end = self._in
-        while self._held and end is not None and self.state.in_open:
-            try:
-                count = os.write(end.fd, self._held)
-            except BlockingIOError:
-                return
-            except OSError:
-                break
-            self._held = self._held[count:]
-        if self._held or self._in_eof:
-            self._close_in()
-
-    def _end_in(self) -> None:
-        """The other side's end-of-file for IN: close it when all before has been delivered."""
-        if self._held:
-            self._in_eof = True
-        else:
-            self._close_in()
-
     def _in_writable(self) -> None:
-        self._in_full = False
-        self._write_held()
+        if self._receiver.inlet is not None:
+            self._receiver.inlet.flush()
         self._receive()
 
     def _in_gone(self) -> None:
@@ -583,102 +446,50 @@ class DataChannel:
         self._close_in()
         self._receive()
 
-    def _may_splice(self) -> bool:
-        """Tell whether the kernel may move the payload under way from the channel into IN."""
-        end, state = self._in, self.state
-        return (
-            end is not None
-            and end.spliceable
-            and state.in_open
-            and not self._filter_stdout
-            and not self._in_eof
-            and (end.is_pipe or self._reading.is_pipe)
-            and state.opened
-            and state.route(self._framer.kind) == TO_IN
-        )
-
-    def _splice_in(self) -> bool:
-        """Move payload from the channel into IN; return False where one of them must be awaited."""
-        end, framer = self._in, self._framer
-        assert end is not None
-        try:
-            count = os.splice(self._reading.fd, end.fd, framer.left, flags=SPLICE)
-        except BlockingIOError:
-            self._find_blocked(end)
-            return False
-        except OSError:
-            # Which of the two is to blame shows when the bytes are copied.
-            end.spliceable = False
-            return True
-        if not count:
-            self._channel_ended()
-            return False
-        self._received += count
-        framer.skip(count)
-        return True
-
-    def _find_blocked(self, end: Endpoint) -> None:
-        """Find out which side a refused splice waits for."""
-        poll = select.poll()
-        poll.register(self._reading.fd, select.POLLIN)
-        poll.register(end.fd, select.POLLOUT)
-        ready = dict(poll.poll(0))
-        if end.fd not in ready:
-            self._in_full = True
-        elif self._reading.fd in ready:
-            # Both say that they are ready and the splice says not: copy, so as not to spin.
-            end.spliceable = False
-
-    # --- stderr of the other side, at the caller -------------------------------------------------
-
     def _show_stderr(self, payload: memoryview) -> None:
         """Pass on what the service wrote to its stderr."""
-        data = bytes(payload)
-        if self._filter_stderr:
-            data = data.translate(_FILTER)
         if self._on_stderr is not None:
-            self._on_stderr(memoryview(data))
+            data = bytes(payload)
+            self._on_stderr(memoryview(data.translate(_FILTER) if self._filter_stderr else data))
             return
-        if self._stderr is None:
-            self._stderr = Endpoint(self._loop, 2, writing=True, borrowed=True)
-            self._stderr.on_write = self._stderr_writable
-        self._held_stderr = memoryview(data)
-        self._write_stderr()
+        if self._receiver.stderr is None:
+            end = Endpoint(self._loop, 2, writing=True, borrowed=True)
+            self._set_stderr(end)
+        stderr = self._receiver.stderr
+        if stderr is not None:
+            stderr.put([payload])
 
-    def _write_stderr(self) -> None:
-        """Write what is held for stderr; errors are nobody's concern."""
-        assert self._stderr is not None
-        while self._held_stderr:
-            try:
-                count = self._stderr.write(self._held_stderr)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._held_stderr = b""
-                self._warn("stderr of the service could not be written")
-                return
-            self._held_stderr = self._held_stderr[count:]
+    def _set_stderr(self, end: Endpoint) -> None:
+        """Write the other side's stderr there. That it fails is nobody's concern."""
+        table = _FILTER if self._filter_stderr else None
+        self._receiver.stderr = Inlet(end, end.close, table=table)
+        end.on_write = self._stderr_writable
+        self._stderr = end
 
     def _stderr_writable(self) -> None:
-        self._write_stderr()
+        if self._receiver.stderr is not None:
+            self._receiver.stderr.flush()
         self._receive()
 
     # --- closing -------------------------------------------------------------------------------
 
     def _close_in(self) -> None:
-        """Close IN (section 10.5) and drop what it did not take."""
-        state, end = self.state, self._in
-        if not state.in_open:
-            return
-        state.in_open = False
-        self._held = b""
-        self._in_full = self._in_eof = False
+        """Close IN and drop what it did not take."""
+        if self._receiver.inlet is not None:
+            self._receiver.inlet.close()
+
+    def _in_closed(self) -> None:
+        """IN is closed, for whatever reason (section 10.5)."""
+        self.state.in_open = False
+        end = self._in
         if end is not None:
+            end.want_write(False)
+            end.want_hangup(False)
             if end is self._out or (end.is_socket and end.number > 2):
                 end.shutdown(reading=False)
             else:
                 end.close()
-        if self._exit_on_client_eof and not self._caller and not state.has_process:
+        if self._exit_on_client_eof and not self._caller and not self.state.has_process:
             self._out_ended()
 
     def _close_out(self) -> None:
@@ -723,6 +534,9 @@ class DataChannel:
                 self._on_open()
         if self._closed:
             return
+        if self._broken:
+            self._fatal(self._broken)
+            return
         self._flush()
         finished = self._attached and state.opened and state.finished()
         if finished and not (self._caller or state.mute or state.code_sent):
@@ -738,27 +552,16 @@ class DataChannel:
         """Ask the loop for the events of the table at the top of this module."""
         state = self.state
         sending = self._sender.pending
-        receiving = self._may_read()
-        if self._reading is self._writing:
-            self._reading.want(receiving, sending)
-        else:
-            self._reading.want(receiving, False)
-            self._writing.want(False, sending)
-        if not self._attached:
-            return
-        filling = state.in_open and bool(self._held or self._in_full)
-        idle = state.in_open and not filling
-        draining = state.out_open and not sending
-        if self._in is not None and self._in is self._out:
-            self._in.want(draining, filling, idle)
-        else:
-            if self._in is not None:
-                self._in.want(False, filling, idle)
-            if self._out is not None:
-                self._out.want(draining, False)
+        self._reading.want_read(self._receiver.may_read())
+        self._writing.want_write(sending)
+        if self._in is not None and state.in_open:
+            blocked = self._receiver.inlet is not None and self._receiver.inlet.blocked
+            self._in.want_hangup(not blocked)
+            self._in.want_write(blocked)
+        if self._out is not None:
+            self._out.want_read(state.out_open and not sending)
         if self._err is not None:
-            self._err.want(state.err_open and not sending, False)
-        if self._stderr is not None:
-            self._stderr.want(False, bool(self._held_stderr))
-        if not (self._held or self._held_stderr):
-            self._framer.rest()
+            self._err.want_read(state.err_open and not sending)
+        if self._stderr is not None and self._receiver.stderr is not None:
+            self._stderr.want_write(self._receiver.stderr.holding)
+        self._receiver.rest()

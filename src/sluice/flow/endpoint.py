@@ -45,7 +45,10 @@ def _nothing() -> None:
 
 
 class Endpoint:
-    """A descriptor that an engine owns. ``on_read``, ``on_write``, ``on_hangup`` are its events."""
+    """A descriptor that an engine owns. ``on_read``, ``on_write``, ``on_hangup`` are its events.
+
+    Two engines may share one for the two directions of a socket: one reads, the other writes.
+    """
 
     __slots__ = (
         "_blocking",
@@ -117,39 +120,54 @@ class Endpoint:
 
     # --- waiting -------------------------------------------------------------------------------
 
-    def want(self, read: bool, write: bool, hangup: bool = False) -> None:
-        """Say which events are wanted from now on. Costs nothing where nothing changes."""
-        if self.closed:
+    def want_read(self, wanted: bool) -> None:
+        """Say whether ``on_read`` is to be called. Costs nothing where nothing changes."""
+        if wanted is self._read or self.closed:
             return
+        self._read = wanted
         if self.always:
-            self._read, self._write = read, write
             self._schedule()
+        elif not wanted:
+            self._loop.remove_reader(self.fd)
+        else:
+            try:
+                self._loop.add_reader(self.fd, self._readable)
+            except PermissionError:
+                self._cannot_wait()
+
+    def want_write(self, wanted: bool) -> None:
+        """Say whether ``on_write`` is to be called."""
+        if wanted is self._write or self.closed:
             return
-        try:
-            if read != self._read:
-                self._read = read
-                if read:
-                    self._loop.add_reader(self.fd, self._readable)
-                else:
-                    self._loop.remove_reader(self.fd)
-            if write != self._write:
-                self._write = write
-                if write:
-                    self._loop.add_writer(self.fd, self._writable)
-                else:
-                    self._loop.remove_writer(self.fd)
-            if hangup != self._hangup:
-                self._hangup = hangup
-                if hangup:
-                    add_hangup(self._loop, self.fd, self._gone)
-                else:
-                    remove_hangup(self._loop, self.fd)
-        except PermissionError:
-            # Not to be waited for. Nothing of it is registered.
-            self.always = True
-            self._hangup = False
-            self._read, self._write = read, write
+        self._write = wanted
+        if self.always:
             self._schedule()
+        elif not wanted:
+            self._loop.remove_writer(self.fd)
+        else:
+            try:
+                self._loop.add_writer(self.fd, self._writable)
+            except PermissionError:
+                self._cannot_wait()
+
+    def want_hangup(self, wanted: bool) -> None:
+        """Say whether ``on_hangup`` is to be called, once, when the other side is gone."""
+        if wanted is self._hangup or self.closed or self.always:
+            return
+        self._hangup = wanted
+        if not wanted:
+            remove_hangup(self._loop, self.fd)
+        else:
+            try:
+                add_hangup(self._loop, self.fd, self._gone)
+            except PermissionError:
+                self._cannot_wait()
+
+    def _cannot_wait(self) -> None:
+        """Treat a descriptor that epoll refuses as always ready; nothing of it is registered."""
+        self.always = True
+        self._hangup = False
+        self._schedule()
 
     def _readable(self) -> None:
         self.on_read()
@@ -203,13 +221,30 @@ class Endpoint:
         finally:
             sock.detach()
 
+    def end_reading(self) -> None:
+        """Read no more: a socket may still be written, anything else is closed."""
+        self.want_read(False)
+        if self.is_socket:
+            self.shutdown(reading=True)
+        else:
+            self.close()
+
+    def end_writing(self) -> None:
+        """Write no more, which the other side sees as end-of-file; a socket may still be read."""
+        self.want_write(False)
+        self.want_hangup(False)
+        if self.is_socket:
+            self.shutdown(reading=False)
+        else:
+            self.close()
+
     def close(self) -> None:
         """Stop waiting, give the descriptor back as it came, and close it. May be repeated."""
         if self.closed:
             return
-        if not self.always:
-            self.want(False, False)
-        self._read = self._write = False
+        self.want_read(False)
+        self.want_write(False)
+        self.want_hangup(False)
         self.closed = True
         if self._borrowed:
             return
