@@ -93,28 +93,39 @@ def socket_descriptor(command: Command, skip: bool) -> bytes:
     return b"" if skip else command.call_text + b"\0"
 
 
-def spawn(argv: list[bytes], environment: Environment, stdin: int, stdout: int, stderr: int) -> int:
-    """Start a program in a session of its own; returns its process id (9.3.1).
+def spawn(
+    argv: list[bytes],
+    environment: Environment,
+    stdin: int,
+    stdout: int,
+    stderr: int,
+    *,
+    path: bytes | None = None,
+    session: bool = True,
+) -> int:
+    """Start a program, in a session of its own unless told otherwise; returns its process id.
 
-    The three descriptors become its 0, 1 and 2; all others must be close-on-exec. Raises
-    ServiceError: 127 where the program or its interpreter does not exist, else 125.
+    ``path`` is the file where that is not ``argv[0]``. The three descriptors become its 0, 1 and
+    2; all others must be close-on-exec. Raises ServiceError: 127 where the program or its
+    interpreter does not exist, else 125 (9.3.1).
     """
+    program = argv[0] if path is None else path
     moves = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)]
     if stderr != 2:
         moves.append((os.POSIX_SPAWN_DUP2, stderr, 2))
     try:
         return os.posix_spawn(
-            argv[0],
+            program,
             argv,
             environment,
             file_actions=moves,
-            setsid=True,
+            setsid=session,
             setsigmask=(),
             setsigdef=RESET_SIGNALS,
         )
     except OSError as error:
         code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_FAILURE
-        message = f"cannot execute {escape(argv[0])}: {error.strerror}"
+        message = f"cannot execute {escape(program)}: {error.strerror}"
         raise ServiceError(message, code) from error
 
 

@@ -1,0 +1,154 @@
+"""What process 1 of a domain does before it is the agent: furnish the domain.
+
+Theory. The domain's own tree is hostile to everything outside, so nothing outside ever writes into
+it. The AdminVM hands an archive over instead (a descriptor named in SLUICE_INIT_FD), and this code,
+inside, with the domain's own powers, lays the files. A link that the domain planted leads, at
+worst, to another place of the same domain; even so no link is followed.
+
+The archive is a sequence of entries, each a header (``ENTRY``: flags, mode, length of the path,
+length of the data), the path below ``/``, the data. Used by small programs and by the AdminVM.
+docs/spec/core-stack.md 2.7, 11, 12.4.1.
+"""
+
+import errno
+import os
+import struct
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ENTRY = struct.Struct("<BHHI")
+EACH_START = 0  # laid at every start, replacing what is there
+FIRST_START = 1  # laid when the domain's tree is new
+OWNED_BY_USER = 2  # belongs to the default user, also the directories on the way
+
+INIT_VARIABLE = "SLUICE_INIT_FD"
+USER_VARIABLE = "SLUICE_USER_ID"
+FRESH_MARK = "/rw/config"
+RC_LOCAL = "/rw/config/rc.local"
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def pack(flags: int, mode: int, path: str, data: bytes) -> bytes:
+    """Return one entry of an archive; ``path`` is absolute and normal."""
+    name = os.fsencode(path.lstrip("/"))
+    return ENTRY.pack(flags, mode, len(name), len(data)) + name + data
+
+
+def unpack(archive: bytes) -> "Iterator[tuple[int, int, bytes, bytes]]":
+    """Yield (flags, mode, path below /, data) of each entry."""
+    at = 0
+    while at < len(archive):
+        flags, mode, path_size, size = ENTRY.unpack_from(archive, at)
+        at += ENTRY.size
+        path = archive[at : at + path_size]
+        at += path_size
+        yield flags, mode, path, archive[at : at + size]
+        at += size
+
+
+def lay(root: int, path: bytes, mode: int, data: bytes, owner: int = -1) -> None:
+    """Write one file below the open directory ``root``, making directories on the way.
+
+    No link is followed; what is at the place is replaced in one step. ``owner`` (a uid that is a
+    gid too, or -1) gets the file and every directory that had to be made. Raises OSError.
+    """
+    parts = [part for part in path.split(b"/") if part]
+    here = os.open(".", _DIRECTORY, dir_fd=root)
+    try:
+        for part in parts[:-1]:
+            here = _enter(here, part, owner)
+        temporary = b".sluice-new-%d" % os.getpid()
+        _unlink(temporary, here)
+        made = os.open(temporary, _NEW_FILE, 0o600, dir_fd=here)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(made, view) :]
+            if owner >= 0:
+                os.fchown(made, owner, owner)
+            os.fchmod(made, mode)
+        finally:
+            os.close(made)
+        os.rename(temporary, parts[-1], src_dir_fd=here, dst_dir_fd=here)
+    finally:
+        os.close(here)
+
+
+def _enter(here: int, part: bytes, owner: int) -> int:
+    """Open a directory below ``here``, made if need be, and close ``here``."""
+    try:
+        try:
+            return os.open(part, _DIRECTORY, dir_fd=here)
+        except FileNotFoundError:
+            os.mkdir(part, 0o755, dir_fd=here)
+            below = os.open(part, _DIRECTORY, dir_fd=here)
+            if owner >= 0:
+                os.fchown(below, owner, owner)
+            return below
+    finally:
+        os.close(here)
+
+
+def _unlink(name: bytes, directory: int) -> None:
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        pass
+
+
+def furnish(archive: bytes, user: int, root_path: str = "/") -> "list[str]":
+    """Lay an archive; returns what could not be laid, one text each. Never raises for a file."""
+    failures = []
+    fresh = not os.path.lexists(os.path.join(root_path, FRESH_MARK[1:]))
+    root = os.open(root_path, _DIRECTORY)
+    try:
+        for flags, mode, path, data in unpack(archive):
+            if flags & FIRST_START and not fresh:
+                continue
+            try:
+                lay(root, path, mode, data, user if flags & OWNED_BY_USER else -1)
+            except OSError as error:
+                failures.append(f"/{os.fsdecode(path)}: {error.strerror}")
+    finally:
+        os.close(root)
+    return failures
+
+
+def _read_all(descriptor: int) -> bytes:
+    pieces = []
+    while piece := os.read(descriptor, 1 << 20):
+        pieces.append(piece)
+    os.close(descriptor)
+    return b"".join(pieces)
+
+
+def _run_rc_local() -> None:
+    """Start the domain's own start-up script, if it has made it executable; do not wait."""
+    try:
+        os.posix_spawn(RC_LOCAL, [RC_LOCAL], os.environ, setsid=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EACCES):
+            sys.stderr.write(f"rc.local: {error.strerror}\n")
+
+
+def main() -> int:
+    """Furnish the domain, then be its agent; returns the exit status."""
+    os.umask(0o022)
+    descriptor = int(os.environ.pop(INIT_VARIABLE, "-1"))
+    user = int(os.environ.pop(USER_VARIABLE, "-1"))
+    for directory, mode in (("/run/lock", 0o1777), ("/run/qubes", 0o755), ("/run/user", 0o755)):
+        os.mkdir(directory)
+        os.chmod(directory, mode)
+    if descriptor >= 0:
+        for failure in furnish(_read_all(descriptor), user):
+            sys.stderr.write(f"could not lay {failure}\n")
+    _run_rc_local()
+
+    from sluice.agent.agent import main as agent
+
+    return agent(["qrexec-agent"])

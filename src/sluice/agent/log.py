@@ -1,0 +1,193 @@
+"""What an agent logs: its own lines, and the stderr of services.
+
+Theory. On a machine with a system log the stderr of a service goes to a ``logger`` process, as
+section 9.6 has it. In a sandbox there is none: lines ``<descriptor>-<source>: text`` go to the
+agent's own stderr, which the AdminVM reads. Both are a courtesy that must never hold up a call:
+what the log does not take is dropped, and a service that floods it is folded into a count.
+Everything is escaped, for what a service writes may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sluice.wire.names import escape
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sluice.flow.reactor import Loop
+
+# Lines of one call that are logged at once, and how many a second are added to that.
+BURST = 200
+RATE = 50.0
+MAX_LINE = 1024
+MAX_HELD = 65536
+
+
+class Log:
+    """Writes lines to fd 2 with the name of the program in front."""
+
+    def __init__(self, program: str) -> None:
+        """Take the program's name."""
+        self._program = program
+
+    def __call__(self, text: str) -> None:
+        """Write one line; what stderr does not take is lost."""
+        write_line(f"{self._program}: {text}")
+
+
+def write_line(text: str) -> None:
+    """Write a line of ASCII to fd 2 in one piece, or drop it."""
+    try:  # noqa: SIM105
+        os.write(2, text.encode("ascii", "backslashreplace") + b"\n")
+    except OSError:
+        pass
+
+
+class LineSink:
+    """Takes the stderr of one call as bytes and writes escaped lines, folding a flood."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        tag: bytes,
+        write: Callable[[str], None] = write_line,
+    ) -> None:
+        """Take the call's identity, which stands before every line."""
+        self._loop = loop
+        self._tag = escape(tag)
+        self._write = write
+        self._held = bytearray()
+        self._allowance = float(BURST)
+        self._refilled = loop.time()
+        self._folded = 0
+        self._fd = -1
+
+    def feed(self, untrusted_data: bytes | memoryview) -> None:
+        """Take bytes as they came."""
+        self._held += untrusted_data
+        if b"\n" not in self._held and len(self._held) < MAX_LINE:
+            return
+        *lines, rest = bytes(self._held).split(b"\n")
+        while len(rest) >= MAX_LINE:
+            lines.append(rest[:MAX_LINE])
+            rest = rest[MAX_LINE:]
+        self._held = bytearray(rest)
+        now = self._loop.time()
+        self._allowance = min(BURST, self._allowance + (now - self._refilled) * RATE)
+        self._refilled = now
+        for line in lines:
+            self._emit(line)
+
+    def _emit(self, untrusted_line: bytes) -> None:
+        if self._allowance < 1:
+            self._folded += 1
+            return
+        self._allowance -= 1
+        self._tell_folded()
+        self._write(f"{self._tag}: {escape(untrusted_line, MAX_LINE)}")
+
+    def _tell_folded(self) -> None:
+        if self._folded:
+            self._write(f"{self._tag}: ({self._folded} lines left out)")
+            self._folded = 0
+
+    def close(self) -> None:
+        """Write what is left of the last line."""
+        if self._held:
+            self._emit(bytes(self._held))
+            self._held.clear()
+        self._tell_folded()
+
+    def take_stderr(self) -> int:
+        """Return a descriptor that a process can have as its stderr (JUST_EXEC, 7.4.5).
+
+        It is the receiver's to close. What comes out of it is fed here until its end.
+        """
+        self._fd, writing = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._fd, False)
+        self._loop.add_reader(self._fd, self._readable)
+        return writing
+
+    def _readable(self) -> None:
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return
+        if data:
+            self.feed(data)
+            return
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+        self.close()
+
+
+class LoggerSink:
+    """Passes the stderr of one call to the stdin of ``logger -t TAG`` (9.6)."""
+
+    def __init__(self, loop: Loop, tag: bytes, spawned: Callable[[int], None]) -> None:
+        """Start the process, whose id goes to ``spawned``. Its failure is nobody's concern."""
+        self._loop = loop
+        self._held = bytearray()
+        self._closing = False
+        self._writing = False
+        reading, self._fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            pid = os.posix_spawnp(
+                "logger",
+                [b"logger", b"-t", tag],
+                os.environb,
+                file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)],
+                setsigmask=(),
+                setsigdef=(13, 17, 25),
+            )
+            spawned(pid)
+        except OSError:
+            os.close(self._fd)
+            self._fd = -1
+        os.close(reading)
+
+    def feed(self, untrusted_data: bytes | memoryview) -> None:
+        """Pass bytes on; what cannot be held is dropped."""
+        if self._fd < 0:
+            return
+        if not self._writing:
+            os.set_blocking(self._fd, False)
+        if len(self._held) + len(untrusted_data) <= MAX_HELD:
+            self._held += untrusted_data
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._held:
+                del self._held[: os.write(self._fd, self._held)]
+        except BlockingIOError:
+            if not self._writing:
+                self._writing = True
+                self._loop.add_writer(self._fd, self._flush)
+            return
+        except OSError:
+            self._held.clear()
+            self._closing = True
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._fd)
+        if self._closing:
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """End the log as soon as what is held has been passed on."""
+        if self._fd >= 0 and not self._closing:
+            self._closing = True
+            if not self._writing:
+                self._flush()
+
+    def take_stderr(self) -> int:
+        """Return the descriptor for a process that logs by itself; the receiver closes it."""
+        descriptor, self._fd = self._fd, -1
+        if descriptor < 0:
+            descriptor = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        return descriptor

@@ -1,0 +1,89 @@
+"""Command-line options with the conventions of GNU getopt, without the cost of a library.
+
+Long options may be abbreviated as long as that is unambiguous and take their value behind ``=`` or
+as the next word; short ones may be clustered and carry their value without a blank; ``--`` ends
+them. Either options may follow positional arguments (the usual way) or parsing stops at the first
+of those (qrexec-client-vm). docs/spec/wire-protocol.md 6.1, 7.1, 11.1.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class UsageError(Exception):
+    """Options that make no sense; the text is for the person who typed them."""
+
+
+def parse_options(
+    arguments: Sequence[str],
+    short: Mapping[str, tuple[str, bool]],
+    long: Mapping[str, tuple[str, bool]],
+    *,
+    stop_early: bool = False,
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Split arguments (without the program's name) into options and positionals.
+
+    ``short`` maps a letter and ``long`` a name to (key, whether it takes a value). Returns the
+    options in order as (key, value or empty) and the positional arguments. With ``stop_early``
+    everything behind the first positional is positional. Raises UsageError.
+    """
+    options: list[tuple[str, str]] = []
+    positionals: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return options, positionals + rest
+        if word.startswith("--"):
+            options.append(_long(word[2:], long, rest))
+        elif word.startswith("-") and word != "-":
+            _short(word[1:], short, rest, options)
+        elif stop_early:
+            return options, [word, *rest]
+        else:
+            positionals.append(word)
+    return options, positionals
+
+
+def _long(word: str, long: Mapping[str, tuple[str, bool]], rest: list[str]) -> tuple[str, str]:
+    """Read one long option; takes its value from ``rest`` where it has none of its own."""
+    name, equals, value = word.partition("=")
+    meanings = {long[name]} if name in long else set()
+    if not meanings:
+        meanings = {long[full] for full in long if name and full.startswith(name)}
+    if not meanings:
+        raise UsageError(f"unrecognized option '--{name}'")
+    if len(meanings) > 1:
+        raise UsageError(f"option '--{name}' is ambiguous")
+    key, takes_value = meanings.pop()
+    if takes_value and not equals:
+        if not rest:
+            raise UsageError(f"option '--{name}' requires an argument")
+        value = rest.pop(0)
+    elif equals and not takes_value:
+        raise UsageError(f"option '--{name}' doesn't allow an argument")
+    return key, value
+
+
+def _short(
+    cluster: str,
+    short: Mapping[str, tuple[str, bool]],
+    rest: list[str],
+    options: list[tuple[str, str]],
+) -> None:
+    """Read a cluster of short options, the last of which may take a value."""
+    while cluster:
+        letter, cluster = cluster[0], cluster[1:]
+        if letter not in short:
+            raise UsageError(f"invalid option -- '{letter}'")
+        key, takes_value = short[letter]
+        if not takes_value:
+            options.append((key, ""))
+            continue
+        if not cluster and not rest:
+            raise UsageError(f"option requires an argument -- '{letter}'")
+        options.append((key, cluster or rest.pop(0)))
+        return
