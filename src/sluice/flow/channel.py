@@ -26,14 +26,13 @@ docs/spec/wire-protocol.md 4.4, 10, 13.6, 17.
 
 from __future__ import annotations
 
-import fcntl
-
 from sluice.errors import RemoteError
 from sluice.flow.callstate import CallState, payload_limit
 from sluice.flow.endpoint import Endpoint, close_fd
 from sluice.flow.inlet import Inlet
 from sluice.flow.receiver import SHARE, Receiver
 from sluice.flow.sender import EMPTY, ENDED, Sender
+from sluice.flow.spare import grow
 from sluice.wire.messages import (
     DATA_STDERR,
     DATA_STDIN,
@@ -386,7 +385,8 @@ class DataChannel:
             self._muted()
             return False
         if empty and not self._grown and self._sender.taken > _GROW_AFTER:
-            self._grow()
+            self._grown = True
+            grow(self._writing, _GROWN)
         return empty
 
     def _muted(self) -> None:
@@ -395,17 +395,6 @@ class DataChannel:
         self._sender.close()
         self._close_out()
         self._close_err()
-
-    def _grow(self) -> None:
-        """Give a pipe that carries much more room; being refused is normal (EPERM, EBUSY)."""
-        self._grown = True
-        if not self._writing.is_pipe:
-            return
-        try:
-            if fcntl.fcntl(self._writing.fd, fcntl.F_GETPIPE_SZ) < _GROWN:
-                fcntl.fcntl(self._writing.fd, fcntl.F_SETPIPE_SZ, _GROWN)
-        except OSError:
-            pass
 
     def _out_ended(self) -> None:
         """OUT has ended: say so, once."""
@@ -565,3 +554,4 @@ class DataChannel:
         if self._stderr is not None and self._receiver.stderr is not None:
             self._stderr.want_write(self._receiver.stderr.holding)
         self._receiver.rest()
+        self._sender.rest()

@@ -11,7 +11,8 @@ Sans-I/O: give it bytes, take pieces. docs/spec/wire-protocol.md 3.1, 10.3.
 
 from __future__ import annotations
 
-from sluice.wire.messages import HEADER, MAX_DATA
+from sluice.flow.spare import borrow_buffer, return_buffer
+from sluice.wire.messages import HEADER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 BULK = 16384
 
 
-# Buffers that no framer needs now. A daemon has many idle channels and few busy ones.
-_spare: list[bytearray] = []
 _NONE = bytearray()
 
 
@@ -49,7 +48,7 @@ class Framer:
         """Return where to put the next bytes. No piece given before is valid after this."""
         have = self._end - self._start
         if not self._buffer:
-            self._buffer = _spare.pop() if _spare else bytearray(8 + MAX_DATA)
+            self._buffer = borrow_buffer()
             self._view = memoryview(self._buffer)
         elif have and self._start:
             # Less than a header, always: next() has given away everything else.
@@ -102,8 +101,7 @@ class Framer:
     def rest(self) -> None:
         """Give the buffer away while it is empty. No piece given before is valid after this."""
         if self._buffer and self._start == self._end:
-            if len(_spare) < 4:
-                _spare.append(self._buffer)
+            return_buffer(self._buffer)
             self._buffer = _NONE
             self._view = memoryview(_NONE)
             self._start = self._end = 0

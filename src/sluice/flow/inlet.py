@@ -6,20 +6,13 @@ channel meanwhile), and an end-of-file that came behind it. docs/spec/wire-proto
 
 from __future__ import annotations
 
-import os
-import select
+from sluice.flow.spare import CANNOT, SINK_FULL, splice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sluice.flow.endpoint import Endpoint
-
-SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
-
-# What splice() returns besides a number of bytes (0: the channel is at its end).
-WAIT = -1
-COPY = -2
 
 
 class Inlet:
@@ -96,29 +89,17 @@ class Inlet:
         )
 
     def splice(self, source: Endpoint, most: int) -> int:
-        """Move up to ``most`` bytes; return how many, 0 at the end of ``source``, WAIT or COPY."""
+        """Move up to ``most`` bytes as ``spare.splice`` does. A broken IN closes."""
         try:
-            return os.splice(source.fd, self.end.fd, most, flags=SPLICE)
-        except BlockingIOError:
-            return self._find_blocked(source)
+            count = splice(source.fd, self.end.fd, most)
         except OSError:
             # Which of the two is to blame shows when the bytes are copied.
-            self.end.spliceable = False
-            return COPY
-
-    def _find_blocked(self, source: Endpoint) -> int:
-        """Find out which side a refused splice waits for."""
-        poll = select.poll()
-        poll.register(source.fd, select.POLLIN)
-        poll.register(self.end.fd, select.POLLOUT)
-        ready = dict(poll.poll(0))
-        if self.end.fd not in ready:
+            count = CANNOT
+        if count == SINK_FULL:
             self.full = True
-        elif source.fd in ready:
-            # Both say that they are ready and the splice says not: copy, so as not to spin.
+        elif count == CANNOT:
             self.end.spliceable = False
-            return COPY
-        return WAIT
+        return count
 
     def close(self) -> None:
         """Take nothing any more, and drop what is held."""

@@ -13,7 +13,7 @@ import os
 from sluice.errors import RemoteError
 from sluice.flow.callstate import TO_HELLO, TO_IN, TO_STATUS, TO_STDERR
 from sluice.flow.framing import BULK, Framer
-from sluice.flow.inlet import WAIT
+from sluice.flow.spare import CANNOT
 from sluice.wire.messages import DATA_STDIN
 
 TYPE_CHECKING = False
@@ -173,7 +173,7 @@ class Receiver:
             self._framer.skip(count)
         elif not count:
             self._ended()
-        return count != WAIT and count != 0
+        return count > 0 or count == CANNOT
 
     def _ended(self) -> None:
         """The other side has closed, and all it sent before is delivered (section 10.8)."""

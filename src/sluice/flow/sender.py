@@ -4,10 +4,10 @@ At most one data message is under way at a time, and nothing is read from a loca
 has gone: that is the whole of the back-pressure. What waits for the channel is, in this order,
 
 1. ``_head``: bytes of ours, a header with or without its payload;
-2. ``_owed``: payload that waits in a private pipe, to be spliced behind its header;
+2. ``_owed``: payload that waits in a pipe of ours, to be spliced behind its header;
 3. ``_tail``: control messages that came meanwhile.
 
-Large payloads go by splice through the private pipe: *first* into it, which tells how many bytes
+Large payloads go by splice through a private pipe: *first* into it, which tells how many bytes
 there are, then the header, then out of it. Asking the source how much it has (FIONREAD) and
 promising that in a header would cost as many calls and would be a lie as soon as somebody else
 reads from the same stdin. No byte is copied on the way, and no end-of-file can cut a message.
@@ -20,10 +20,18 @@ docs/spec/wire-protocol.md 10.2, 10.4.
 
 from __future__ import annotations
 
-import errno
 import os
 
 from sluice.flow.framing import BULK
+from sluice.flow.spare import (
+    CANNOT,
+    SINK_FULL,
+    borrow_buffer,
+    borrow_pipe,
+    return_buffer,
+    return_pipe,
+    splice,
+)
 from sluice.wire.messages import HEADER, MAX_DATA
 
 TYPE_CHECKING = False
@@ -31,8 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sluice.flow.endpoint import Endpoint
-
-SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 # What take() returns besides a number of bytes.
 ENDED = 0
@@ -55,7 +61,6 @@ class Sender:
         self._pipe: tuple[int, int] | None = None
         self._buffer: bytearray | None = None
         self._bulk = False
-        self._no_pipe = False
 
     @property
     def pending(self) -> bool:
@@ -98,20 +103,20 @@ class Sender:
 
     def _splice_owed(self) -> bool:
         """Move owed payload; return False where the channel takes nothing."""
-        assert self._pipe is not None
-        try:
-            count = os.splice(self._pipe[0], self._fd, self._owed, flags=SPLICE)
-        except BlockingIOError:
+        pipe = self._pipe
+        assert pipe is not None
+        count = splice(pipe[0], self._fd, self._owed)
+        if count == SINK_FULL:
             return False
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
+        if count == CANNOT:
             # Not a thing to splice into: the payload becomes bytes of ours.
-            self._no_pipe = True
-            self._head.append(os.read(self._pipe[0], self._owed))
-            self._owed -= len(self._head[-1])
-            return True
+            payload = os.read(pipe[0], self._owed)
+            self._head.append(payload)
+            count = len(payload)
         self._owed -= count
+        if not self._owed:
+            self._pipe = None
+            return_pipe(pipe, True)
         return True
 
     def take(
@@ -125,7 +130,7 @@ class Sender:
         ``look`` is shown the payload, which then is not spliced. Returns the number of bytes, ENDED
         or EMPTY. Raises OSError where the source is broken.
         """
-        if self._bulk and look is None and source.spliceable and not self._no_pipe:
+        if self._bulk and look is None and source.spliceable:
             count = self._take_pages(source, kind)
             if count is not None:
                 return count
@@ -137,10 +142,10 @@ class Sender:
         """Read a message behind the place of its header."""
         buffer = self._buffer
         if buffer is None:
-            buffer = self._buffer = bytearray(8 + self.limit)
+            buffer = self._buffer = borrow_buffer()
         view = memoryview(buffer)
         try:
-            count = os.readv(source.fd, [view[8:]])
+            count = os.readv(source.fd, [view[8 : 8 + self.limit]])
         except BlockingIOError:
             return EMPTY
         except ConnectionResetError:
@@ -156,41 +161,40 @@ class Sender:
         return count
 
     def _take_pages(self, source: Endpoint, kind: int) -> int | None:
-        """Splice a message into the private pipe; None where it must be copied."""
-        if self._pipe is None:
-            try:
-                self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError:
-                self._no_pipe = True
-                return None
+        """Splice a message into a private pipe; None where it must be copied."""
+        pipe = self._pipe = borrow_pipe()
+        if pipe is None:
+            return None
         try:
-            count = os.splice(source.fd, self._pipe[1], self.limit, flags=SPLICE)
-        except BlockingIOError:
-            return EMPTY
+            count = splice(source.fd, pipe[1], self.limit)
         except ConnectionResetError:
-            return ENDED
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
+            count = ENDED
+        if count > 0:
+            self._head.append(HEADER.pack(kind, count))
+            self._owed = count
+            self.taken += count
+            self.spliced += count
+            self._bulk = count >= BULK
+            return count
+        self._pipe = None
+        return_pipe(pipe, True)
+        if count == CANNOT:
             source.spliceable = False
             return None
-        if not count:
-            return ENDED
-        self._head.append(HEADER.pack(kind, count))
-        self._owed = count
-        self.taken += count
-        self.spliced += count
-        self._bulk = count >= BULK
-        return count
+        return EMPTY if count else ENDED
+
+    def rest(self) -> None:
+        """Give the buffer back while nothing waits."""
+        if self._buffer is not None and not self._head:
+            return_buffer(self._buffer)
+            self._buffer = None
 
     def close(self) -> None:
-        """Drop what waits, and the private pipe."""
+        """Drop what waits."""
         self._head.clear()
         self._tail.clear()
-        self._owed = 0
-        self._buffer = None
+        self.rest()
         if self._pipe is not None:
-            os.close(self._pipe[0])
-            os.close(self._pipe[1])
+            return_pipe(self._pipe, self._owed == 0)
             self._pipe = None
-        self._no_pipe = True
+        self._owed = 0
