@@ -27,6 +27,8 @@ AGENT_SOCKET = "/var/run/qubes/qrexec-agent"
 IDENT = b"SOCKET"
 PEER_TIMEOUT = 120.0
 RETRY_DELAY = 0.02
+# More than the two that are right are taken, only to tell them from none.
+MAX_FDS = 16
 
 
 class CallRequest:
@@ -121,7 +123,8 @@ class CallRequest:
     def _readable(self) -> None:
         assert self._socket is not None
         try:
-            data, fds = recv_with_fds(self._socket.fileno(), EXEC_PARAMS.size - len(self._answer))
+            missing = EXEC_PARAMS.size - len(self._answer)
+            data, fds = recv_with_fds(self._socket.fileno(), missing, MAX_FDS)
         except BlockingIOError:
             return
         except OSError as error:

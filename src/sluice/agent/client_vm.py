@@ -218,10 +218,15 @@ class Client:
             prefix=settings.prefix,
             filter_stdout=filter_stdout,
             filter_stderr=filter_stderr,
+            on_open=self._joined if program is not None else None,
         )
         self._channel.start()
-        if program is not None:
-            program.follow(self._channel)
+
+    def _joined(self) -> None:
+        """Let the channel know what became of the program meanwhile."""
+        assert self._program is not None
+        assert self._channel is not None
+        self._program.follow(self._channel)
 
     def _refused(self) -> None:
         write_error(b"Request refused\n")

@@ -28,6 +28,15 @@ class LocalProgram:
         self._status: int | None = None
         self._switched = False
         self._channel: DataChannel | None = None
+        environment = dict(os.environb)
+        environment[b"QREXEC_AGENT_PID"] = b"%d" % os.getpid()
+        # First of all, to get low numbers: many a shell can redirect to one digit only.
+        saved = []
+        for fd in (0, 1, 2) if b"PASS_LOCAL_STDERR" in environment else (0, 1):
+            copy = os.dup(fd)
+            os.set_inheritable(copy, True)
+            saved.append(copy)
+            environment[b"SAVED_FD_%d" % fd] = b"%d" % copy
         processes = ProcessTable(loop)
         # It may switch to a single socket as soon as it runs; whoever sends the signal means us.
         processes.on_signal(_signal.SIGUSR1, self._switch)
@@ -35,14 +44,6 @@ class LocalProgram:
         mine_out, theirs_out = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
         self.in_fd = mine_in.detach()
         self.out_fd = mine_out.detach()
-        environment = dict(os.environb)
-        environment[b"QREXEC_AGENT_PID"] = b"%d" % os.getpid()
-        saved = []
-        for fd in (0, 1, 2) if b"PASS_LOCAL_STDERR" in environment else (0, 1):
-            copy = os.dup(fd)
-            os.set_inheritable(copy, True)
-            saved.append(copy)
-            environment[b"SAVED_FD_%d" % fd] = b"%d" % copy
         try:
             argv = [os.path.basename(words[0]), *words[1:]]
             pid = spawn(
