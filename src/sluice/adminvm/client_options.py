@@ -1,0 +1,206 @@
+"""The command line of qrexec-client (docs/spec/wire-protocol.md 12.1)."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+from sluice.agent.options import UsageError, parse_options
+from sluice.wire.messages import EXIT_LOCAL_FAILURE, EXIT_USAGE, MAX_IDENT
+from sluice.wire.names import DOM0_NAMES
+
+SOCKET_DIR = "/var/run/qubes"
+
+USAGE = """\
+usage: qrexec-client [options] -d TARGET [-l LOCAL | -e | -c ID,NAME,NUMBER] COMMAND
+
+Runs COMMAND (USER:COMMAND or DEFAULT:COMMAND) in the domain TARGET.
+
+  -h, --help              show this and exit
+  -d TARGET               name, number or uuid:UUID of the domain, or dom0
+  -l LOCAL                join the command to the local command LOCAL
+  -e                      start the command and do not wait for it
+  -E, --no-exit-code      exit with 0 once the command has ended
+  -c ID,NAME,NUMBER       complete the call ID of the domain NAME, whose number is NUMBER
+  -p, --prefix-data=DATA  send DATA before anything else
+  -t, -T                  replace unsafe bytes in what comes back on stdout, on stderr
+  -w SECONDS              wait so long for the domain to connect (default 10; 0: for ever)
+  -W                      with -c: wait for the end of the call
+  -k                      kill the domain at the end
+      --socket-dir=PATH   where the daemons' sockets are (default: /var/run/qubes)
+      --use-stdin-socket  use stdin, a socket, in both directions
+"""
+
+SHORT = {
+    "h": ("help", False),
+    "d": ("target", True),
+    "l": ("local", True),
+    "e": ("execute", False),
+    "E": ("no-code", False),
+    "c": ("complete", True),
+    "p": ("prefix", True),
+    "t": ("filter-stdout", False),
+    "T": ("filter-stderr", False),
+    "w": ("timeout", True),
+    "W": ("wait", False),
+    "k": ("kill", False),
+}
+LONG = {
+    "help": ("help", False),
+    "no-exit-code": ("no-code", False),
+    "prefix-data": ("prefix", True),
+    "socket-dir": ("socket-dir", True),
+    "use-stdin-socket": ("stdin-socket", False),
+}
+
+
+class Exit(Exception):
+    """Ends the program with a status, after a message on stderr (maybe empty)."""
+
+    def __init__(self, status: int, message: str = "") -> None:
+        """Take both."""
+        super().__init__(message)
+        self.status = status
+
+
+class Settings:
+    """What the command line asks for."""
+
+    def __init__(self) -> None:
+        """Begin with the defaults."""
+        self.target = ""
+        self.command = b""
+        self.local: bytes | None = None
+        self.just_execute = False
+        self.no_exit_code = False
+        self.completes = False
+        self.request_id = b""
+        self.source_name = b""
+        self.source_number = 0
+        self.prefix = b""
+        self.filter_stdout = False
+        self.filter_stderr = False
+        self.timeout = 10
+        self.wait = False
+        self.kill = False
+        self.socket_dir = SOCKET_DIR
+        self.stdin_socket = False
+
+    @property
+    def is_dom0(self) -> bool:
+        """Whether the target is the AdminVM."""
+        return self.target in DOM0_NAMES
+
+
+def parse_number(text: str, what: str) -> int:
+    """Read a C integer that begins with a digit, 0..2^31-1 (12.1). Raises Exit."""
+    number = -1
+    lower = text.lower()
+    if lower[:1].isdigit() and lower.isascii() and "_" not in lower and lower == lower.strip():
+        try:
+            if lower.startswith("0x"):
+                number = int(lower[2:], 16)
+            else:
+                number = int(lower, 8 if lower.startswith("0") else 10)
+        except ValueError:
+            number = -1
+    if not 0 <= number < 1 << 31:
+        raise Exit(EXIT_LOCAL_FAILURE, f"qrexec-client: invalid {what}")
+    return number
+
+
+def parse_arguments(arguments: list[str]) -> Settings:
+    """Read the command line. Raises Exit: 1 or 2 for wrong ones, 0 for ``--help``."""
+    settings = Settings()
+    try:
+        options, positionals = parse_options(arguments, SHORT, LONG)
+        _apply(settings, options)
+        _check(settings, [key for key, _ in options], positionals)
+    except UsageError as error:
+        raise Exit(EXIT_LOCAL_FAILURE, f"qrexec-client: {error}\n{USAGE.rstrip()}") from error
+    settings.command = os.fsencode(positionals[0])
+    return settings
+
+
+def _apply(settings: Settings, options: list[tuple[str, str]]) -> None:
+    seen: set[str] = set()
+    for key, value in options:
+        if key == "help":
+            sys.stdout.write(USAGE)
+            raise Exit(0)
+        if key in seen and key == "prefix":
+            raise Exit(EXIT_USAGE, USAGE.rstrip())
+        if key in seen and key == "complete":
+            raise UsageError("-c may be given once")
+        if key == "stdin-socket":
+            if key in seen or not is_stream_socket(0):
+                raise Exit(EXIT_USAGE, "qrexec-client: --use-stdin-socket: once, with a socket")
+            settings.stdin_socket = True
+        seen.add(key)
+        if key in _FLAGS:
+            setattr(settings, _FLAGS[key], True)
+        elif key == "target":
+            settings.target = value
+        elif key == "socket-dir":
+            settings.socket_dir = value
+        elif key == "local":
+            settings.local = os.fsencode(value)
+        elif key == "prefix":
+            settings.prefix = os.fsencode(value)
+        elif key == "timeout":
+            settings.timeout = parse_number(value, "timeout")
+        elif key == "complete":
+            _parse_completion(settings, value)
+
+
+_FLAGS = {
+    "execute": "just_execute",
+    "no-code": "no_exit_code",
+    "filter-stdout": "filter_stdout",
+    "filter-stderr": "filter_stderr",
+    "wait": "wait",
+    "kill": "kill",
+}
+
+
+def _parse_completion(settings: Settings, value: str) -> None:
+    request_id, first, rest = value.partition(",")
+    name, second, number = rest.partition(",")
+    if not first or not second or len(os.fsencode(request_id)) > MAX_IDENT:
+        raise Exit(EXIT_LOCAL_FAILURE, "qrexec-client: -c takes ID,NAME,NUMBER")
+    settings.completes = True
+    settings.request_id = os.fsencode(request_id)
+    settings.source_name = os.fsencode(name)
+    settings.source_number = parse_number(number, "domain number")
+
+
+def _check(settings: Settings, keys: list[str], positionals: list[str]) -> None:
+    """Refuse what does not go together. Raises UsageError."""
+    if not settings.target:
+        raise UsageError("-d is missing")
+    if not positionals:
+        raise UsageError("the command is missing")
+    if len({"execute", "local", "complete"} & set(keys)) > 1:
+        raise UsageError("-e, -l and -c exclude each other")
+    if settings.local is not None and settings.stdin_socket:
+        raise UsageError("-l and --use-stdin-socket exclude each other")
+    if settings.completes:
+        name = os.fsdecode(settings.source_name)
+        if name in DOM0_NAMES or settings.source_number == 0:
+            raise UsageError("-c completes calls of domains, not of dom0")
+        if settings.is_dom0 and not settings.request_id:
+            raise UsageError("-c needs the identifier of a call")
+
+
+def is_stream_socket(fd: int) -> bool:
+    """Tell whether a descriptor is a stream socket."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    import _socket
+
+    sock = _socket.socket(fileno=fd)
+    try:
+        return sock.type & 0xF == _socket.SOCK_STREAM
+    finally:
+        sock.detach()
