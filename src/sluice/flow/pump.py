@@ -72,6 +72,7 @@ class Pump:
         inspect: Callable[[memoryview], Iterable[bytes | memoryview] | None] | None = None,
         on_eof: Callable[[Pump], None] | None = None,
         on_reader_gone: Callable[[Pump], None] | None = None,
+        on_drained: Callable[[Pump], None] | None = None,
         discard: bool = True,
     ) -> None:
         """Take the two ends; nothing happens before ``start``.
@@ -80,7 +81,8 @@ class Pump:
         dropped, or kept by the filter, which then must copy it: the piece is valid only during the
         call). It may call any method of the pump. on_eof(pump): the source has ended; call
         ``finish`` now or later. Without it the pump finishes by itself. on_reader_gone(pump): the
-        sink takes nothing any more. discard: then go on reading, else end with READER_GONE.
+        sink takes nothing any more. on_drained(pump): what had to wait in memory is delivered.
+        discard: when the reader is gone go on reading, else end with READER_GONE.
         on_end(pump) is called once, as the last thing, with everything closed.
         """
         self._own = (isinstance(src, int), isinstance(dst, int))
@@ -97,6 +99,7 @@ class Pump:
         self._on_end = on_end
         self._on_eof = on_eof
         self._on_reader_gone = on_reader_gone
+        self._on_drained = on_drained
         self._discard = discard
         self._queue: list[bytes | memoryview] = []
         self._buffer: bytearray | None = None
@@ -139,8 +142,8 @@ class Pump:
     def finish(self, *, drain: bool = False) -> None:
         """End the direction: deliver what waits, then let the sink see end-of-file.
 
-        drain: go on reading the source and discard what comes, until it ends by itself; else the
-        source is told to stop.
+        drain: go on reading the source until it ends by itself; what comes is still shown to
+        ``inspect``, if there is one, and then discarded. Else the source is told to stop.
         """
         if self._finishing or self._done:
             return
@@ -174,6 +177,7 @@ class Pump:
             return
         self._busy = True
         self._full = False
+        waited = self.held > 0
         try:
             for _ in range(_SHARE):
                 if not self._flush() or not self._may_read() or not self._read():
@@ -186,6 +190,8 @@ class Pump:
         finally:
             self._busy = False
         self._settle()
+        if waited and not self.held and not self._done and self._on_drained is not None:
+            self._on_drained(self)
 
     def _may_read(self) -> bool:
         return not (self._src_ended or self.paused or self._done)
@@ -214,6 +220,8 @@ class Pump:
             return False
         if sinking:
             self.discarded += size
+            if self.inspect is not None:
+                self.inspect(view[:size])
             return True
         self._show(view[:size])
         return True
