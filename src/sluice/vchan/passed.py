@@ -14,8 +14,8 @@ and any others are known to be nobody's.
 from __future__ import annotations
 
 import _socket
-import array
 import os
+import struct
 
 from sluice.wire.messages import MessageReader
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from sluice.wire.messages import Lengths
 
-_INT = array.array("i").itemsize
+# Not the array module: loading it costs a small program a millisecond (it loads collections).
+_INT = struct.calcsize("i")
 
 
 def make_pair() -> tuple[tuple[int, int], tuple[int, int]]:
@@ -54,7 +55,9 @@ def send_with_fds(sock_fd: int, data: bytes, fds: Sequence[int]) -> int:
     """
     ancillary = []
     if fds:
-        ancillary.append((_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", fds)))
+        ancillary.append(
+            (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
+        )
     sock = _socket.socket(fileno=sock_fd)
     try:
         flags = _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL
@@ -79,9 +82,8 @@ def recv_with_fds(sock_fd: int, size: int, max_fds: int = 2) -> tuple[bytes, lis
     fds: list[int] = []
     for level, kind, payload in ancillary:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-            numbers = array.array("i")
-            numbers.frombytes(payload[: len(payload) - len(payload) % _INT])
-            fds.extend(numbers)
+            count = len(payload) // _INT
+            fds.extend(struct.unpack_from(f"{count}i", payload))
     if len(fds) > max_fds or message_flags & _socket.MSG_CTRUNC:
         close_all(fds)
         fds = []
