@@ -58,7 +58,7 @@ class Pump:
     Descriptors given as numbers belong to the pump: it closes them when it ends. Give Endpoints
     where two pumps share a socket: then only its directions are ended, and the owner closes it.
 
-    moved: bytes delivered to the sink. spliced: those of them that the kernel moved. discarded:
+    taken: bytes read from the source. moved: bytes delivered to the sink. spliced: those of them that the kernel moved. discarded:
     bytes read and thrown away. held: bytes that wait in memory. cause: why it ended.
     """
 
@@ -89,6 +89,7 @@ class Pump:
         self.src = Endpoint(loop, src) if isinstance(src, int) else src
         self.dst = Endpoint(loop, dst, writing=True) if isinstance(dst, int) else dst
         self.inspect = inspect
+        self.taken = 0
         self.moved = 0
         self.spliced = 0
         self.discarded = 0
@@ -218,6 +219,7 @@ class Pump:
         if not size:
             self._source_ended()
             return False
+        self.taken += size
         if sinking:
             self.discarded += size
             if self.inspect is not None:
@@ -258,7 +260,9 @@ class Pump:
         except OSError:
             # Copying shows which of the two is broken.
             count = CANNOT
-        if count == 0:
+        if count > 0:
+            self.taken += count
+        elif count == 0:
             self._source_ended()
         elif count == SINK_FULL:
             self._full = True
