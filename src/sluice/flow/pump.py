@@ -58,8 +58,9 @@ class Pump:
     Descriptors given as numbers belong to the pump: it closes them when it ends. Give Endpoints
     where two pumps share a socket: then only its directions are ended, and the owner closes it.
 
-    taken: bytes read from the source. moved: bytes delivered to the sink. spliced: those of them that the kernel moved. discarded:
-    bytes read and thrown away. held: bytes that wait in memory. cause: why it ended.
+    taken: bytes read from the source. moved: bytes delivered to the sink. spliced: those of them
+    that the kernel moved. discarded: bytes read and thrown away. held: bytes that wait in memory.
+    cause: why it ended.
     """
 
     def __init__(

@@ -1,0 +1,581 @@
+"""The chain: filters in a row, as a state machine without I/O (docs/spec/proxy.md 4 and 5).
+
+Theory. A chain is asked about events (``open``, ``data``, ``eof``, ``expire``, ``act``) and changes
+what it shows: ``out`` (bytes for the far side of each direction), ``ended`` (end-of-file is due
+after them), ``paused``, ``mode`` and ``failure``. The one who drives it looks at these after each
+event. Filters are traversed by function calls: ``src2dst`` bytes from first to last, ``dst2src``
+bytes from last to first; what is forwarded are slices of the very buffer that was inspected.
+
+    state      open()        CONTINUE of all     Refuse/Abort/error     close()
+    new        opening       -                   -                      closed
+    opening    -             open                failed                 closed
+    open       -             -                   failed                 closed
+    failed     -             -                   -                      closed
+
+In each direction a filter is *active* (asked about bytes), *resting* (said pass-rest, or does not
+inspect) or *shut* (closed the direction behind it: what arrives before it is discarded). The mode
+of a direction follows: INSPECT while somebody before the first shut filter is active, else DISCARD
+where one is shut, else SPLICE.
+
+Whatever goes wrong in a filter (an exception, a verdict that its event does not allow, more bytes
+held than declared, bytes held at the end) fails the chain: nothing that was not judged passes.
+"""
+
+from __future__ import annotations
+
+from sluice.proxy.link import DEFAULT_MAX_HELD, Call, Held, HeldTooMuchError, Link, Memory, Tools
+from sluice.proxy.verdicts import (
+    DIRECTIONS,
+    DROP,
+    DST2SRC,
+    HOLD,
+    PASS,
+    PASS_REST,
+    SRC2DST,
+    Abort,
+    Close,
+    Direction,
+    Emit,
+    Pause,
+    Refuse,
+    Replace,
+    Resume,
+    Verdict,
+)
+from sluice.wire.names import escape
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from functools import partial
+    from typing import Any, cast
+
+    from sluice.proxy.verdicts import Answer, Bytes
+else:
+    # The module functools costs a millisecond.
+    from _functools import partial
+
+    def cast(_kind, value):
+        """Do nothing: a name for the type checker."""
+        return value
+
+
+NEW, OPENING, OPEN, FAILED, CLOSED = "new", "opening", "open", "failed", "closed"
+SPLICE, INSPECT, DISCARD = "splice", "inspect", "discard"
+EVENTS = ("opened", "data", "eof", "timer", "closed")
+# An error of a filter is told in so many characters at most.
+_REASON = 300
+
+
+class Cause:
+    """Why a call ended: for log, audit and the exit code. ``reason`` is escaped already.
+
+    ``kind`` is ``done``, ``filter`` (a filter's refusal or abort), ``filter-error`` (a filter is
+    broken), ``refused`` (the proxy's own rules), ``far`` (the far end could not be reached),
+    ``source-gone``, ``closed-reader``, ``memory``, ``deadline``, ``killed`` or ``shutdown``.
+    """
+
+    __slots__ = ("exit_code", "filter", "kind", "reason")
+
+    def __init__(
+        self, kind: str, reason: str = "", *, filter: str | None = None, exit_code: int = 125
+    ) -> None:
+        """Take the kind, the reason, the name of the filter and the code for the source."""
+        self.kind = kind
+        self.reason = escape(reason, _REASON)
+        self.filter = filter
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        """Render for the log."""
+        who = f"{self.filter}: " if self.filter else ""
+        return f"{self.kind}: {who}{self.reason}" if self.reason else self.kind
+
+    def __repr__(self) -> str:
+        """Show all, for tests."""
+        return f"Cause({self!s}, {self.exit_code})"
+
+
+class FilterUse:
+    """One place of a chain: the filter's class and its validated options.
+
+    ``name`` is what log and audit call it. ``options`` has one attribute for each option.
+    """
+
+    __slots__ = ("cls", "name", "options", "values")
+
+    def __init__(self, cls: type[Any], options: Any = None, name: str | None = None) -> None:
+        """Take the class and the options; without a name it is the class's."""
+        self.cls = cls
+        self.options = options
+        self.name = name or cls.name
+        # The options as they were validated, without defaults: for `check` and for keeping.
+        self.values: dict[str, Any] = {}
+
+    def inspected(self) -> tuple[Direction, ...]:
+        """Return the directions whose bytes the filter is asked about, given its options."""
+        inspects = self.cls.inspects
+        if callable(inspects):
+            inspects = inspects(self.options)
+        return tuple(inspects)
+
+
+class Stage:
+    """A filter in a call: its object, what it holds, what it said."""
+
+    __slots__ = (
+        "active",
+        "charged",
+        "eof_kept",
+        "eof_seen",
+        "filter",
+        "held",
+        "limit",
+        "name",
+        "on_drained",
+        "paused",
+        "shut",
+        "use",
+        "verdicts",
+    )
+
+    def __init__(self, chain: Chain, use: FilterUse) -> None:
+        """Make the filter's object. Raises whatever its constructor raises."""
+        self.use = use
+        self.name = use.name
+        self.charged = 0
+        self.limit = DEFAULT_MAX_HELD
+        self.held = tuple(Held(lambda size: self._charge(chain.memory, size)) for _ in DIRECTIONS)
+        inspected = use.inspected()
+        self.active = [direction in inspected for direction in DIRECTIONS]
+        self.shut = [False, False]
+        self.eof_seen = [False, False]
+        self.eof_kept = [False, False]
+        self.paused = [False, False]
+        self.verdicts: dict[str, int] = {}
+        self.on_drained: Callable[[Direction], None] | None = None
+        self.filter: Any = use.cls(use.options, Link(chain, self))
+        self.limit = getattr(self.filter, "max_held", DEFAULT_MAX_HELD)
+
+    def _charge(self, memory: Memory, size: int) -> None:
+        if size > 0 and self.charged + size > self.limit:
+            raise HeldTooMuchError(f"holds more than the {self.limit} bytes that it declares")
+        self.charged += size
+        memory.add(size)
+
+    def release(self) -> None:
+        """Let go of all that is held."""
+        for held in self.held:
+            held.take()
+
+    def count(self, verdict: Verdict) -> None:
+        """Count a verdict for the audit record."""
+        self.verdicts[verdict.name] = self.verdicts.get(verdict.name, 0) + 1
+
+
+class Chain:
+    """The filters of one call. See the module's text for how it is driven."""
+
+    def __init__(
+        self,
+        uses: Sequence[FilterUse],
+        call: Call,
+        *,
+        clock: Callable[[], float],
+        tools: Tools | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """Take the filters in order, the call, a clock that only goes forward.
+
+        ``on_change`` may be set afterwards: it is called after ``act``, which comes from outside.
+        """
+        self.call = call
+        self.clock = clock
+        self.tools = tools or Tools()
+        self.memory = memory or Memory()
+        self.state = NEW
+        self.failure: Cause | None = None
+        self.out: tuple[list[Bytes], list[Bytes]] = ([], [])
+        self.ended = [False, False]
+        self.mode = [SPLICE, SPLICE]
+        self.paused = [False, False]
+        self.dropped = [0, 0]
+        self.on_change: Callable[[], None] | None = None
+        self.stages: list[Stage] = []
+        self._uses = uses
+        self._path: tuple[list[Stage], list[Stage]] = ([], [])
+        self._timers: dict[tuple[Stage, str], float] = {}
+        self._opening = 0
+        self._busy = 0
+
+    # --- events -------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Make the filters and ask each, first to last, whether the call may begin."""
+        self.state = OPENING
+        for use in self._uses:
+            try:
+                stage = Stage(self, use)
+            except Exception as error:
+                self._broken(use.name, use.cls, error)
+                return
+            self.stages.append(stage)
+        self._path = (self.stages, self.stages[::-1])
+        self._update()
+        self._continue_opening()
+
+    def data(self, direction: Direction, chunk: memoryview) -> None:
+        """Take bytes from the sender of ``direction``.
+
+        ``chunk`` is valid during this call; ``out`` may afterwards have slices of it.
+        """
+        if self.state == OPEN:
+            self._push(direction, 0, [chunk])
+
+    def eof(self, direction: Direction) -> None:
+        """Take the end of what the sender of ``direction`` sends."""
+        if self.state == OPEN:
+            self._finish(direction, 0)
+
+    def expire(self) -> None:
+        """Call the timers that are due by the clock."""
+        while self._timers and self.state in (OPENING, OPEN):
+            place = min(self._timers, key=self._timers.__getitem__)
+            if self._timers[place] > self.clock():
+                return
+            del self._timers[place]
+            stage, key = place
+            self._outside(stage, "timer", partial(stage.filter.timer, key))
+
+    def act(self, stage: Stage, verdicts: Iterable[Verdict]) -> None:
+        """Carry out what a filter wants at a time of its own (``Link.act``)."""
+        if self.state not in (OPENING, OPEN):
+            return
+        self._outside(stage, "act", lambda: tuple(verdicts))
+        if self.on_change is not None and not self._busy:
+            self.on_change()
+
+    def drained(self, direction: Direction) -> None:
+        """Tell the filters that asked for it that what waited in a direction is delivered."""
+        for stage in self.stages:
+            if stage.on_drained is not None and self.state == OPEN:
+                stage.on_drained(direction)
+
+    def fail(self, cause: Cause) -> None:
+        """End the call; the first cause stands."""
+        if self.failure is None:
+            self.failure = cause
+        if self.state != CLOSED:
+            self.state = FAILED
+
+    def close(self, cause: Cause) -> None:
+        """Tell every filter, once, that the call is over, and let go of what they hold."""
+        if self.state == CLOSED:
+            return
+        self.state = CLOSED
+        self._timers.clear()
+        for stage in self.stages:
+            closed = getattr(stage.filter, "closed", None)
+            if closed is not None:
+                try:
+                    closed(cause)
+                except Exception as error:
+                    self._broken(stage.name, stage.use.cls, error)
+            stage.release()
+
+    # --- timers -------------------------------------------------------------------------------
+
+    def set_timer(self, stage: Stage, key: str, delay: float) -> None:
+        """Make ``timer(key)`` of a filter due in ``delay`` seconds."""
+        self._timers[stage, key] = self.clock() + delay
+
+    def cancel_timer(self, stage: Stage, key: str) -> None:
+        """Forget a timer."""
+        self._timers.pop((stage, key), None)
+
+    def next_due(self) -> float | None:
+        """Return when, by the clock, ``expire`` has something to do; None for never."""
+        return min(self._timers.values()) if self._timers else None
+
+    # --- opening ------------------------------------------------------------------------------
+
+    def _continue_opening(self) -> None:
+        """Ask the filters from ``_opening`` on; stop where one holds or refuses."""
+        while self.state == OPENING and self._opening < len(self.stages):
+            stage = self.stages[self._opening]
+            opened = getattr(stage.filter, "opened", None)
+            if opened is not None:
+                answer = self._ask(stage, "opened", partial(opened, self.call))
+                if self.state != OPENING:
+                    return
+                if HOLD in answer:
+                    return
+            self._opening += 1
+        if self.state == OPENING:
+            self.state = OPEN
+
+    # --- bytes --------------------------------------------------------------------------------
+
+    def _push(self, direction: Direction, at: int, pieces: list[Bytes]) -> None:
+        """Lead pieces through the filters from place ``at`` of the direction's path."""
+        path = self._path[direction]
+        for place in range(at, len(path)):
+            stage = path[place]
+            if stage.shut[direction]:
+                self.dropped[direction] += sum(map(len, pieces))
+                return
+            if not stage.active[direction]:
+                continue
+            result: list[Bytes] = []
+            for piece in pieces:
+                if stage.active[direction] and not stage.shut[direction]:
+                    self._judge(stage, direction, piece, result)
+                elif stage.shut[direction]:
+                    self.dropped[direction] += len(piece)
+                else:
+                    result.append(piece)
+                if self.state != OPEN:
+                    return
+            if stage.shut[direction]:
+                if result:
+                    self._push(direction, place + 1, result)
+                self._finish(direction, place + 1)
+                return
+            if not result:
+                return
+            pieces = result
+        self.out[direction].extend(pieces)
+
+    def _judge(self, stage: Stage, direction: Direction, piece: Bytes, result: list[Bytes]) -> None:
+        """Ask one filter about one piece; append what it hands on to ``result``."""
+        view = piece if isinstance(piece, memoryview) else memoryview(piece)
+        answer = self._ask(stage, "data", partial(stage.filter.data, direction, view), direction)
+        decided = False
+        for verdict in answer:
+            if verdict is PASS or (verdict is PASS_REST and not decided):
+                result.append(piece)
+            elif verdict is HOLD:
+                self._guard(stage, lambda: stage.held[direction].append(piece))
+            elif verdict is DROP:
+                self.dropped[direction] += len(piece)
+            elif isinstance(verdict, Replace):
+                result.extend(chunk for chunk in verdict.chunks if len(chunk))
+            elif isinstance(verdict, Emit) and verdict.direction == direction:
+                result.extend(chunk for chunk in verdict.chunks if len(chunk))
+                continue
+            if verdict is PASS_REST:
+                self._rest(stage, direction)
+            decided = True
+
+    def _rest(self, stage: Stage, direction: Direction) -> None:
+        """Ask a filter no more about a direction. What it holds must be gone."""
+        if len(stage.held[direction]):
+            self._abort(stage, "said pass-rest while it held bytes", "filter-error")
+            return
+        stage.active[direction] = False
+        self._update()
+
+    def _finish(self, direction: Direction, at: int) -> None:
+        """Lead end-of-file through the filters from place ``at``."""
+        path = self._path[direction]
+        for place in range(at, len(path)):
+            stage = path[place]
+            if stage.eof_seen[direction]:
+                return
+            stage.eof_seen[direction] = True
+            if stage.shut[direction]:
+                return
+            eof = getattr(stage.filter, "eof", None)
+            if eof is not None:
+                emitted: list[Bytes] = []
+                answer = self._ask(stage, "eof", partial(eof, direction), direction)
+                for verdict in answer:
+                    if isinstance(verdict, Emit) and verdict.direction == direction:
+                        emitted.extend(chunk for chunk in verdict.chunks if len(chunk))
+                if self.state != OPEN:
+                    return
+                if emitted:
+                    self._push(direction, place + 1, emitted)
+                if self.state != OPEN:
+                    return
+                if HOLD in answer and not stage.shut[direction]:
+                    stage.eof_kept[direction] = True
+                    return
+            if len(stage.held[direction]):
+                self._abort(
+                    stage, f"{direction} ended while it held undecided bytes", "filter-error"
+                )
+                return
+            if stage.shut[direction]:
+                self._finish(direction, place + 1)
+                return
+        self.ended[direction] = True
+
+    # --- verdicts -----------------------------------------------------------------------------
+
+    def _outside(self, stage: Stage, event: str, ask: Callable[[], Answer]) -> None:
+        """Carry out the answer to an event that is not part of a stream."""
+        answer = self._ask(stage, event, ask)
+        if self.state == OPENING and PASS in answer and stage is self.stages[self._opening]:
+            self._opening += 1
+            self._continue_opening()
+
+    def _ask(
+        self,
+        stage: Stage,
+        event: str,
+        ask: Callable[[], Answer],
+        direction: Direction | None = None,
+    ) -> tuple[Verdict, ...]:
+        """Call a filter, check its answer, carry out all but the bytes of ``direction``.
+
+        Returns the verdicts. ``direction`` is the one that is being led, if any.
+        """
+        self._busy += 1
+        try:
+            answer = ask()
+        except Exception as error:
+            self._broken(stage.name, stage.use.cls, error)
+            return ()
+        finally:
+            self._busy -= 1
+        if isinstance(answer, Verdict):
+            verdicts: tuple[Verdict, ...] = (answer,)
+        elif answer is None and event in ("opened", "timer"):
+            verdicts = (PASS,) if event == "opened" else ()
+        elif isinstance(answer, tuple):
+            verdicts = answer
+        else:
+            verdicts = cast("tuple[Verdict, ...]", (answer,))
+        for verdict in verdicts:
+            if not _allowed(event, verdict):
+                self._abort(stage, f"answered {verdict!r} to {event}", "filter-error")
+                return ()
+            self._carry_out(stage, verdict, direction)
+            if self.state not in (OPENING, OPEN):
+                break
+        return verdicts
+
+    def _carry_out(self, stage: Stage, verdict: Verdict, direction: Direction | None) -> None:
+        """Do what a verdict says, but for the bytes of the direction that is being led."""
+        stage.count(verdict)
+        if isinstance(verdict, (Abort, Refuse)):
+            self._abort(stage, verdict.reason, "filter")
+        elif isinstance(verdict, (Pause, Resume)):
+            stage.paused[verdict.direction] = isinstance(verdict, Pause)
+            self._update()
+        elif isinstance(verdict, Close):
+            self._shut(stage, verdict.direction, now=verdict.direction != direction)
+        elif isinstance(verdict, Emit) and verdict.direction != direction:
+            self._emit(stage, verdict)
+        elif verdict is PASS_REST and direction is None:
+            for each in DIRECTIONS:
+                if stage.active[each]:
+                    self._rest(stage, each)
+
+    def _emit(self, stage: Stage, verdict: Emit) -> None:
+        """Put bytes behind a filter into a direction that is not being led just now."""
+        direction = verdict.direction
+        if stage.shut[direction] or (stage.eof_seen[direction] and not stage.eof_kept[direction]):
+            self._abort(stage, f"emitted bytes after the end of {direction}", "filter-error")
+            return
+        chunks = [chunk for chunk in verdict.chunks if len(chunk)]
+        if chunks:
+            place = self._path[direction].index(stage)
+            if self.state == OPEN:
+                self._push(direction, place + 1, chunks)
+            else:
+                self._abort(stage, "emitted bytes before the call began", "filter-error")
+
+    def _shut(self, stage: Stage, direction: Direction, *, now: bool) -> None:
+        """Close a direction behind a filter; ``now`` where it is not being led."""
+        if stage.shut[direction]:
+            return
+        ended = stage.eof_seen[direction] and not stage.eof_kept[direction]
+        stage.shut[direction] = True
+        stage.eof_kept[direction] = False
+        stage.paused[direction] = False
+        stage.held[direction].take()
+        self._update()
+        if now and not ended:
+            self._finish(direction, self._path[direction].index(stage) + 1)
+
+    def _update(self) -> None:
+        """Work out mode and pause of both directions anew."""
+        for direction in DIRECTIONS:
+            mode = SPLICE
+            for stage in self._path[direction]:
+                if stage.shut[direction]:
+                    mode = DISCARD if mode == SPLICE else mode
+                    break
+                if stage.active[direction]:
+                    mode = INSPECT
+            self.mode[direction] = mode
+            self.paused[direction] = any(stage.paused[direction] for stage in self.stages)
+
+    # --- failing ------------------------------------------------------------------------------
+
+    def _guard(self, stage: Stage, do: Callable[[], None]) -> None:
+        """Do something that may go over a bound of the filter."""
+        try:
+            do()
+        except HeldTooMuchError as error:
+            self._abort(stage, str(error), "filter-error")
+
+    def _abort(self, stage: Stage, reason: str, kind: str) -> None:
+        """Fail because of a filter: its own wish (126), or its defect (125)."""
+        code = 126 if kind == "filter" else 125
+        self.fail(Cause(kind, reason, filter=stage.name, exit_code=code))
+
+    def _broken(self, name: str, cls: type[Any], error: Exception) -> None:
+        """Fail because a filter raised; the cause names its file and line."""
+        where = _where(error)
+        text = f"{type(error).__name__}: {error}{where}"
+        cause = Cause("filter-error", text, filter=name, exit_code=125)
+        self.tools.log(f"{name}: {cause.reason}")
+        self.fail(cause)
+
+
+_ALLOWED: dict[str, tuple[tuple[Verdict, ...], tuple[type[Verdict], ...]]] = {
+    "opened": ((PASS, HOLD, PASS_REST), (Refuse, Abort, Pause, Resume, Close)),
+    "data": ((PASS, HOLD, DROP, PASS_REST), (Replace, Emit, Abort, Close, Pause, Resume)),
+    "eof": ((PASS, HOLD), (Emit, Abort, Close, Pause, Resume)),
+    "timer": ((PASS, PASS_REST), (Emit, Abort, Refuse, Close, Pause, Resume)),
+    "act": ((PASS, PASS_REST), (Emit, Abort, Refuse, Close, Pause, Resume)),
+}
+
+
+def _allowed(event: str, verdict: object) -> bool:
+    """Tell whether a verdict may answer an event (the table of section 5)."""
+    values, kinds = _ALLOWED[event]
+    return verdict in values or isinstance(verdict, kinds)
+
+
+def _where(error: Exception) -> str:
+    """Return `` at FILE:LINE`` of the innermost place outside of the proxy's own machinery."""
+    trace = error.__traceback__
+    place = ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if trace.tb_frame.f_globals.get("__name__") not in (__name__, "sluice.proxy.link"):
+            place = f" at {code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+__all__ = [
+    "CLOSED",
+    "DISCARD",
+    "DST2SRC",
+    "FAILED",
+    "INSPECT",
+    "NEW",
+    "OPEN",
+    "OPENING",
+    "SPLICE",
+    "SRC2DST",
+    "Cause",
+    "Chain",
+    "FilterUse",
+    "Stage",
+]
