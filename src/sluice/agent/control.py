@@ -76,7 +76,7 @@ class Control:
     def _readable(self) -> None:
         try:
             if self.passed:
-                data, fds = recv_with_fds(self._fd, READ_SIZE)
+                data, fds = recv_with_fds(self._fd, self._reader.wanted)
             else:
                 data, fds = os.read(self._fd, READ_SIZE), []
         except BlockingIOError:
