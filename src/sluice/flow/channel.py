@@ -69,7 +69,7 @@ class DataChannel:
     ``lost`` tells whether the channel went before the call was over. ``opened`` tells, in
     ``on_fatal``, a failed handshake (False) from a violation afterwards.
 
-    The service side may be made without streams (in_fd = out_fd = -1): ``on_open`` is called after
+    The service side may be made without streams (all of them -1): ``on_open`` is called after
     the handshake, and ``attach`` (or ``fail``, or ``send_exit_only``) then or later; until then
     nothing is read from the channel. On the caller side ``err_fd`` is where the other side's stderr
     is written (-1: descriptor 2, which stays open); with ``on_stderr`` it goes there instead.
@@ -99,6 +99,7 @@ class DataChannel:
         handshake_timeout: float = 10.0,
         on_stderr: Callable[[memoryview], None] | None = None,
         on_open: Callable[[], None] | None = None,
+        on_out_end: Callable[[], None] | None = None,
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
         """Take the descriptors; nothing happens before ``start``.
@@ -106,7 +107,8 @@ class DataChannel:
         hello: "send-first" (callers, and services in a domain), "read-first" (services in dom0) or
         "done" (the handshake was made elsewhere, with ``version``). handshake_timeout: seconds, 0
         means none. prefix: sent before anything of OUT. service_descriptor: written to IN before
-        anything received.
+        anything received. on_out_end: called when OUT has ended, before that is acted on: the last
+        moment for ``use_single_socket``.
         """
         self._loop = loop
         self._caller = caller
@@ -114,6 +116,7 @@ class DataChannel:
         self._on_fatal = on_fatal
         self._on_open = on_open
         self._on_stderr = on_stderr
+        self._on_out_end = on_out_end
         self._hello = hello
         self._version = version
         self._prefix = prefix
@@ -146,9 +149,9 @@ class DataChannel:
         self._stderr: Endpoint | None = None
 
         self._descriptor = service_descriptor
-        self._late = in_fd < 0 and out_fd < 0
+        self._late = max(in_fd, out_fd, err_fd) < 0
         self._attached = False
-        self._early = (in_fd, out_fd, err_fd, has_process)
+        self._early: tuple[int, int, int, bool] = (in_fd, out_fd, err_fd, has_process)
         self._failed: list[bytes] = []
         self._broken = ""
         self._announced = False
@@ -265,9 +268,8 @@ class DataChannel:
         for end in (self._in, self._out, self._err, self._stderr, self._reading, self._writing):
             if end is not None:
                 end.close()
-        if self._in is None and self._out is None:
-            for fd in {self._early[0], self._early[1], self._early[2]}:
-                close_fd(fd)
+        for fd in {self._early[0], self._early[1], self._early[2]}:
+            close_fd(fd)
 
     # --- handshake -----------------------------------------------------------------------------
 
@@ -302,6 +304,7 @@ class DataChannel:
         """Take the local streams."""
         state, receiver = self.state, self._receiver
         self._attached = receiver.attached = True
+        self._early = (-1, -1, -1, False)
         state.has_process = state.has_process or has_process
         if in_fd >= 0:
             self._in = Endpoint(self._loop, in_fd, writing=True)
@@ -345,10 +348,14 @@ class DataChannel:
         self._settle()
 
     def _pull_out(self) -> None:
-        if self.state.out_open and self._out is not None:
+        source = self._out
+        if self.state.out_open and source is not None:
             kind = DATA_STDIN if self._caller else DATA_STDOUT
-            if self._pull(self._out, kind, None):
-                self._out_ended()
+            if self._pull(source, kind, None):
+                if self._on_out_end is not None:
+                    self._on_out_end()
+                if self._out is source:
+                    self._out_ended()
 
     def _pull_err(self) -> None:
         if self.state.err_open and self._err is not None:

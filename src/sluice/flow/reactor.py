@@ -253,18 +253,24 @@ class Reactor:
         """Serve events until ``stop``. May be called again afterwards."""
         self._stopping = False
         while not self._stopping:
-            self._run_due()
-            if not self._stopping:
-                self.run_once(self._timeout())
+            self.run_once()
 
-    def run_once(self, timeout: float) -> None:
-        """Wait at most ``timeout`` seconds (-1: without limit) for descriptors and serve them."""
+    def run_once(self, limit: float = -1) -> int:
+        """Serve what is due, then wait for descriptors and serve them.
+
+        Waits at most until the next timer, and at most ``limit`` seconds (-1: no limit). Returns
+        the number of descriptors that had something.
+        """
+        self._run_due()
+        timeout = self._timeout()
+        if limit >= 0 and (timeout < 0 or timeout > limit):
+            timeout = limit
         events = self._epoll.poll(timeout, 64)
         self._round += 1
         current = self._round
         for fd, mask in events:
             if self._stopping:
-                return
+                break
             watch = self._watches.get(fd)
             if watch is None or watch.born >= current:
                 continue
@@ -278,6 +284,7 @@ class Reactor:
                 callback, args = watch.hangup
                 self.remove_hangup(fd)
                 callback(*args)
+        return len(events)
 
     def close(self) -> None:
         """Close the epoll descriptor; the reactor is of no use afterwards."""
