@@ -26,6 +26,16 @@ OWNED_BY_USER = 2  # belongs to the default user, also the directories on the wa
 
 INIT_VARIABLE = "SLUICE_INIT_FD"
 USER_VARIABLE = "SLUICE_USER_ID"
+# Everybody may write in /run; what must be root's in it is made before anything else runs.
+DIRECTORIES = (
+    ("/run/lock", 0o1777),
+    ("/run/qubes", 0o755),
+    ("/run/qubes-rpc", 0o755),
+    ("/run/qubes/rpc-config", 0o755),
+    ("/run/qubes-service", 0o755),
+    ("/run/sluice", 0o755),
+    ("/run/user", 0o755),
+)
 FRESH_MARK = "/rw/config"
 RC_LOCAL = "/rw/config/rc.local"
 
@@ -141,9 +151,11 @@ def main() -> int:
     os.umask(0o022)
     descriptor = int(os.environ.pop(INIT_VARIABLE, "-1"))
     user = int(os.environ.pop(USER_VARIABLE, "-1"))
-    for directory, mode in (("/run/lock", 0o1777), ("/run/qubes", 0o755), ("/run/user", 0o755)):
+    for directory, mode in DIRECTORIES:
         os.mkdir(directory)
         os.chmod(directory, mode)
+    if user >= 0 and not os.path.lexists("/rw/root"):
+        os.mkdir("/rw/root", 0o700)
     if descriptor >= 0:
         for failure in furnish(_read_all(descriptor), user):
             sys.stderr.write(f"could not lay {failure}\n")

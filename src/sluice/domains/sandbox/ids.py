@@ -1,0 +1,256 @@
+"""User ids: which ones a domain has on the host, and who may say so to the kernel.
+
+Theory. A user namespace maps ids inside to ids outside. Who writes the map decides what is
+possible:
+
+* ``ranges``: we are root. Each domain gets 65536 host ids of its own, written directly.
+* ``subordinate``: we are a user with lines in /etc/subuid and /etc/subgid. Each domain gets four
+  of those ids (root, the user, nobody, one spare), written by newuidmap and newgidmap.
+* ``single``: neither. Every domain is our own user on the host; inside there is the default user
+  and nobody else.
+
+Which ids belong to which domain is kept in one file for all systems of a user, so that two systems
+never share an id. docs/spec/core-stack.md 12.4.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pwd
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from sluice.errors import LocalError, ResourceError
+
+RANGES = "ranges"
+SUBORDINATE = "subordinate"
+SINGLE = "single"
+
+USER_INSIDE = 1000
+NOBODY = 65534
+RANGE_SIZE = 65536
+# Above what systemd-nspawn hands out, and 4096 domains stay below 2**31.
+DEFAULT_BASE = 0x70000000
+SUBORDINATE_SIZE = 4
+_LAST_ID = 0xFFFFFFFE
+
+
+@dataclass(frozen=True, slots=True)
+class IdMap:
+    """The ids of one domain: the lines of its maps, and what two of them are outside.
+
+    A line is (first id inside, first id outside, count). ``root`` is None where nobody is root.
+    """
+
+    mode: str
+    uids: tuple[tuple[int, int, int], ...]
+    gids: tuple[tuple[int, int, int], ...]
+    root: tuple[int, int] | None
+    user: tuple[int, int]
+
+    @property
+    def has_root(self) -> bool:
+        """Whether there is a root inside, who can run things as other users."""
+        return self.root is not None
+
+    def text(self, what: str) -> str:
+        """Return the content of ``uid_map`` or ``gid_map``; ``what`` is ``uid`` or ``gid``."""
+        lines = self.uids if what == "uid" else self.gids
+        return "".join(f"{inside} {outside} {count}\n" for inside, outside, count in lines)
+
+    def arguments(self, what: str) -> list[str]:
+        """Return the same numbers as arguments of newuidmap or newgidmap."""
+        lines = self.uids if what == "uid" else self.gids
+        return [str(number) for line in lines for number in line]
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """The ids that are ours to give: a mode and the first id of each kind.
+
+    ``uid_base`` and ``gid_base`` are the first host ids, ``count`` how many there are.
+    """
+
+    mode: str
+    uid_base: int
+    gid_base: int
+    count: int
+
+    @property
+    def slot_size(self) -> int:
+        """How many ids a domain gets."""
+        return RANGE_SIZE if self.mode == RANGES else SUBORDINATE_SIZE
+
+    @property
+    def slots(self) -> int:
+        """How many domains can have ids of their own."""
+        return self.count // self.slot_size
+
+    def map_for(self, slot: int) -> IdMap:
+        """Return the map of the domain that has ``slot``. Raises ResourceError beyond the last."""
+        if self.mode == SINGLE:
+            return single_map()
+        if not 0 <= slot < self.slots:
+            raise ResourceError(f"no user ids are left: there are {self.slots} ranges of them")
+        uid = self.uid_base + slot * self.slot_size
+        gid = self.gid_base + slot * self.slot_size
+        if self.mode == RANGES:
+            return IdMap(
+                RANGES,
+                ((0, uid, RANGE_SIZE),),
+                ((0, gid, RANGE_SIZE),),
+                (uid, gid),
+                (uid + USER_INSIDE, gid + USER_INSIDE),
+            )
+        return IdMap(
+            SUBORDINATE,
+            ((0, uid, 1), (USER_INSIDE, uid + 1, 1), (NOBODY, uid + 2, 1)),
+            ((0, gid, 1), (USER_INSIDE, gid + 1, 1), (NOBODY, gid + 2, 1)),
+            (uid, gid),
+            (uid + 1, gid + 1),
+        )
+
+    def sentence(self) -> str:
+        """Say which ids the domains have and what that means, for a person."""
+        if self.mode == RANGES:
+            return (
+                f"each domain has {RANGE_SIZE} host user ids of its own, from {self.uid_base};"
+                " none is host root, and what leaves its sandbox owns nothing of the others"
+            )
+        if self.mode == SUBORDINATE:
+            return (
+                f"each domain has {SUBORDINATE_SIZE} of your subordinate user ids for itself, from"
+                f" {self.uid_base}; what leaves its sandbox owns nothing of yours or of the others"
+            )
+        return (
+            "all domains run with your own user id: what leaves its sandbox can read your files"
+            " and those of every other domain, and some limits of the kernel are shared by all"
+        )
+
+
+def single_map() -> IdMap:
+    """Return the map of a domain that has our own user id and nothing else."""
+    uid, gid = os.geteuid(), os.getegid()
+    return IdMap(SINGLE, ((0, uid, 1),), ((0, gid, 1),), None, (uid, gid))
+
+
+def detect(uid_base: int | None = None) -> Ids:
+    """Find out which of the three modes this machine gives us.
+
+    Raises LocalError for root in a container that has too few ids to keep domains off host root.
+    """
+    if os.geteuid() == 0:
+        base = DEFAULT_BASE if uid_base is None else uid_base
+        end = min(_mapped_until(base, "uid"), _mapped_until(base, "gid"))
+        if end - base < RANGE_SIZE:
+            raise LocalError(
+                f"started by root, but user ids from {base} are not available here (a container?):"
+                " set uid_base in [system] to a free range, or start as an ordinary user"
+            )
+        return Ids(RANGES, base, base, end - base)
+    if shutil.which("newuidmap") and shutil.which("newgidmap"):
+        uids = subordinate("/etc/subuid")
+        gids = subordinate("/etc/subgid")
+        if uids and gids:
+            return Ids(SUBORDINATE, uids[0], gids[0], min(uids[1], gids[1]))
+    return Ids(SINGLE, os.geteuid(), os.getegid(), 1)
+
+
+def _mapped_until(base: int, what: str) -> int:
+    """Return the first id from ``base`` on that this namespace does not have."""
+    with open(f"/proc/self/{what}_map") as file:
+        for line in file:
+            inside, _, count = (int(word) for word in line.split())
+            if inside <= base < inside + count:
+                return min(inside + count, _LAST_ID)
+    return base
+
+
+def subordinate(path: str, uid: int | None = None) -> tuple[int, int] | None:
+    """Return (first, count) of the largest range that ``path`` gives a user (ourselves)."""
+    number = os.geteuid() if uid is None else uid
+    names = {str(number)}
+    with contextlib.suppress(KeyError):
+        names.add(pwd.getpwuid(number).pw_name)
+    best: tuple[int, int] | None = None
+    try:
+        with open(path) as file:
+            for line in file:
+                name, _, rest = line.strip().partition(":")
+                first, _, count = rest.partition(":")
+                if name in names and first.isdigit() and count.isdigit():
+                    found = (int(first), int(count))
+                    if found[1] >= SUBORDINATE_SIZE and (best is None or found[1] > best[1]):
+                        best = found
+    except OSError:
+        return None
+    return best
+
+
+def slots_file() -> Path:
+    """Return the file that says which domain has which ids: one for all systems of a user."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/sluice/ids")
+    state = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(state) if state.startswith("/") else Path.home() / ".local/state"
+    return base / "sluice/ids"
+
+
+class Slots:
+    """The file of slots: lines ``SLOT UUID STATE-DIRECTORY``, changed under a lock."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Take the file; it is made when first needed."""
+        self._path = path or slots_file()
+
+    def take(self, uuid: str, state: Path, limit: int) -> int:
+        """Return the slot of a domain, a new one if it has none. Raises ResourceError if full.
+
+        Slots of systems whose state directory is gone are free again.
+        """
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            entries = _parse(file.read())
+            for slot, (owner, _) in entries.items():
+                if owner == uuid:
+                    return slot
+            kept = {slot: entry for slot, entry in entries.items() if os.path.isdir(entry[1])}
+            # Slot 0 stays unused: its first id would be the base itself, which people write down.
+            slot = next(number for number in range(1, len(kept) + 2) if number not in kept)
+            if slot >= limit:
+                raise ResourceError(f"no user ids are left: there are {limit} ranges of them")
+            kept[slot] = (uuid, str(state))
+            file.seek(0)
+            file.truncate()
+            file.writelines(f"{number} {who} {where}\n" for number, (who, where) in kept.items())
+        return slot
+
+    def release(self, uuid: str) -> None:
+        """Free the slot of a domain that was removed together with its files."""
+        if not self._path.exists():
+            return
+        with open(self._path, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            entries = _parse(file.read())
+            file.seek(0)
+            file.truncate()
+            file.writelines(
+                f"{number} {who} {where}\n"
+                for number, (who, where) in entries.items()
+                if who != uuid
+            )
+
+
+def _parse(text: str) -> dict[int, tuple[str, str]]:
+    entries: dict[int, tuple[str, str]] = {}
+    for line in text.splitlines():
+        slot, _, rest = line.partition(" ")
+        uuid, _, state = rest.partition(" ")
+        if slot.isdigit() and state:
+            entries[int(slot)] = (uuid, state)
+    return entries

@@ -1,0 +1,290 @@
+"""Limits of a domain: memory, processes, CPU, by whatever this machine lets us set.
+
+Theory. Three ways, best first: control groups version 2 where cpu, memory and pids are ours to
+hand on; version 1 memory, pids and cpu, as root; else what the kernel holds for each process
+(RLIMIT_AS, RLIMIT_NPROC). Each controller is looked for by itself, since a machine may have some
+of them only. A limit that nothing holds does not stop a start: it is listed as unenforced.
+Some resource limits are set in any case: descriptors (the kernel counts those in flight for a user
+id), core files, locked memory. docs/spec/core-stack.md 12.4.1, 12.5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+from sluice.domains.model import DomainConfig
+from sluice.domains.sandbox.base import Limit
+
+MIB = 1 << 20
+DEFAULT_PIDS = 4096
+CPU_PERIOD = 100_000  # microseconds
+MAX_DESCRIPTORS = 1024
+CONTROLLERS = ("memory", "pids", "cpu")
+
+V2 = "cgroup2"
+V1 = "cgroup1"
+RLIMIT = "rlimit"
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The limits of one domain: bytes of memory, processes, CPUs."""
+
+    memory: int
+    pids: int
+    cpus: int
+
+
+def wanted(domain: DomainConfig) -> Wanted:
+    """Work out a domain's limits from its properties (12.5); never over half of the machine."""
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    memory = (domain.maxmem or domain.memory) * MIB
+    pids = domain.feature("sandbox.pids-max") or ""
+    return Wanted(
+        memory=min(memory, half),
+        pids=int(pids) if pids.isdigit() and 0 < int(pids) <= 4_194_304 else DEFAULT_PIDS,
+        cpus=domain.vcpus,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Controllers:
+    """For each controller that we may use: the directory to make groups in, and its version."""
+
+    found: dict[str, tuple[str, Path]]
+
+    def kind(self, controller: str) -> str:
+        """Return ``cgroup2``, ``cgroup1`` or ``none``."""
+        return self.found[controller][0] if controller in self.found else NONE
+
+    def directories(self) -> list[Path]:
+        """Return the directories in which a domain gets a group, each once."""
+        return list(dict.fromkeys(path for _, path in self.found.values()))
+
+
+def probe(state: Path, *, proc: Path = Path("/proc/self"), prepare: bool = True) -> Controllers:
+    """Find the controllers that are ours to use for the system whose state is in ``state``.
+
+    With ``prepare`` the system's own group is made; without it nothing is changed (doctor).
+    """
+    own = _own_groups(proc)
+    label = "sluice-" + hashlib.sha256(os.fsencode(state)).hexdigest()[:12]
+    found: dict[str, tuple[str, Path]] = {}
+    for kind, controllers, mount in _mounts(proc):
+        relative = own.get("" if kind == V2 else next(iter(controllers & own.keys()), "-"))
+        if relative is None:
+            continue
+        base = mount / relative.lstrip("/")
+        if kind == V2:
+            usable = _delegated(base, prepare)
+        else:
+            usable = controllers if os.access(base, os.W_OK) else set()
+        for controller in usable & set(CONTROLLERS):
+            if controller not in found or kind == V2:
+                found[controller] = (kind, base / label)
+    if prepare:
+        for controller, (kind, path) in list(found.items()):
+            if not _make_group(path, kind):
+                del found[controller]
+    return Controllers(found)
+
+
+def _own_groups(proc: Path) -> dict[str, str]:
+    """Return controller (empty for version 2) -> path of our own group."""
+    groups: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in (proc / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for controller in controllers.split(","):
+                groups[controller] = path
+    return groups
+
+
+def _mounts(proc: Path) -> list[tuple[str, set[str], Path]]:
+    """Return (version, controllers named by the mount, mount point) of each hierarchy."""
+    mounts: list[tuple[str, set[str], Path]] = []
+    with contextlib.suppress(OSError):
+        for line in (proc / "mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            point, (kind, _, options) = before.split(" ")[4], after.split(" ", 2)
+            if kind == "cgroup2":
+                mounts.append((V2, set(), Path(point)))
+            elif kind == "cgroup":
+                mounts.append((V1, set(options.split(",")) & set(CONTROLLERS), Path(point)))
+    return mounts
+
+
+def _delegated(base: Path, prepare: bool) -> set[str]:
+    """Return the controllers that our own version 2 group can hand on to its children."""
+    try:
+        offered = set((base / "cgroup.controllers").read_text().split()) & set(CONTROLLERS)
+        handed = set((base / "cgroup.subtree_control").read_text().split())
+    except OSError:
+        return set()
+    missing = offered - handed
+    if not offered or not os.access(base / "cgroup.subtree_control", os.W_OK):
+        return offered & handed if os.access(base, os.W_OK) else set()
+    if not missing or not prepare:
+        return offered
+    # A group with processes cannot hand controllers on: we move into a leaf of our own. That
+    # fails, as it should, where others share our group.
+    try:
+        leaf = base / "sluice-adminvm"
+        leaf.mkdir(exist_ok=True)
+        (leaf / "cgroup.procs").write_text(str(os.getpid()))
+        (base / "cgroup.subtree_control").write_text(" ".join("+" + name for name in missing))
+    except OSError:
+        return offered & handed
+    return offered
+
+
+def _make_group(path: Path, kind: str) -> bool:
+    try:
+        path.mkdir(exist_ok=True)
+        if kind == V2:
+            offered = set((path / "cgroup.controllers").read_text().split()) & set(CONTROLLERS)
+            (path / "cgroup.subtree_control").write_text(" ".join("+" + name for name in offered))
+    except OSError:
+        return False
+    return True
+
+
+class DomainLimits:
+    """The groups and limits of one run of a domain."""
+
+    def __init__(self, controllers: Controllers, name: str, limits: Wanted) -> None:
+        """Take what the machine has and what is wanted; ``name`` is a valid domain name."""
+        self._controllers = controllers
+        self._name = name
+        self._held: dict[str, str] = {}
+        self.wanted = limits
+
+    def _groups(self) -> list[Path]:
+        return [directory / self._name for directory in self._controllers.directories()]
+
+    def apply(self, pid: int) -> None:
+        """Put a process, which has no children yet, under the limits. Never raises for a limit."""
+        for group in self._groups():
+            with contextlib.suppress(OSError):
+                group.mkdir(exist_ok=True)
+                (group / "cgroup.procs").write_text(str(pid))
+        self.change(self.wanted)
+        _rlimit(pid, resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
+        _rlimit(pid, resource.RLIMIT_CORE, 0)
+        _rlimit(pid, resource.RLIMIT_MEMLOCK, 8 * MIB)
+        if self._held["memory"] == NONE and _rlimit(pid, resource.RLIMIT_AS, self.wanted.memory):
+            self._held["memory"] = RLIMIT
+        # Beside a pids controller this one is counted for a user id in its namespace.
+        if _rlimit(pid, resource.RLIMIT_NPROC, self.wanted.pids) and self._held["pids"] == NONE:
+            self._held["pids"] = RLIMIT
+
+    def change(self, limits: Wanted) -> None:
+        """Set other values while the domain runs; what only a start can set stays as it is."""
+        self.wanted = limits
+        quota = limits.cpus * CPU_PERIOD
+        values: dict[tuple[str, str], list[tuple[str, int | str]]] = {
+            ("memory", V2): [("memory.max", limits.memory), ("memory.swap.max", 0)],
+            ("memory", V1): [
+                ("memory.limit_in_bytes", limits.memory),
+                ("memory.memsw.limit_in_bytes", limits.memory),
+            ],
+            ("pids", V2): [("pids.max", limits.pids)],
+            ("pids", V1): [("pids.max", limits.pids)],
+            ("cpu", V2): [("cpu.max", f"{quota} {CPU_PERIOD}")],
+            ("cpu", V1): [("cpu.cfs_period_us", CPU_PERIOD), ("cpu.cfs_quota_us", quota)],
+        }
+        for controller in CONTROLLERS:
+            kind = self._controllers.kind(controller)
+            if kind == NONE:
+                self._held.setdefault(controller, NONE)
+                continue
+            group = self._controllers.found[controller][1] / self._name
+            wrote = [_write(group / file, value) for file, value in values[controller, kind]]
+            self._held[controller] = kind if wrote[0] or wrote[-1] else NONE
+        if self._controllers.kind("memory") == V2:
+            _write(self._controllers.found["memory"][1] / self._name / "memory.oom.group", 1)
+
+    def limits(self) -> list[Limit]:
+        """Return what is in force, and what is not (``by`` is ``none``)."""
+        held = self._held
+        return [
+            Limit("memory", str(self.wanted.memory // MIB), held.get("memory", NONE)),
+            Limit("processes", str(self.wanted.pids), held.get("pids", NONE)),
+            Limit("cpus", str(self.wanted.cpus), held.get("cpu", NONE)),
+            Limit("descriptors", str(MAX_DESCRIPTORS), RLIMIT),
+        ]
+
+    def usage(self) -> dict[str, int]:
+        """Return what the groups count: ``memory`` in bytes, ``processes``, where there are any."""
+        files = {
+            "memory": {V2: "memory.current", V1: "memory.usage_in_bytes"},
+            "pids": {V2: "pids.current", V1: "pids.current"},
+        }
+        counted: dict[str, int] = {}
+        for controller, names in files.items():
+            kind = self._controllers.kind(controller)
+            if kind != NONE:
+                group = self._controllers.found[controller][1] / self._name
+                with contextlib.suppress(OSError, ValueError):
+                    counted[controller] = int((group / names[kind]).read_text())
+        return counted
+
+    def kill(self) -> bool:
+        """End all processes of the domain by its group; False where the kernel cannot do that."""
+        return any(_write(group / "cgroup.kill", 1) for group in self._groups())
+
+    def remove(self) -> bool:
+        """Remove the groups, which must be empty; tells whether all are gone."""
+        gone = True
+        for group in self._groups():
+            try:
+                group.rmdir()
+            except OSError as error:
+                gone = gone and error.errno in (errno.ENOENT, errno.ENOTDIR)
+        return gone
+
+
+def sweep(controllers: Controllers) -> None:
+    """End what an earlier AdminVM of this system left in its groups, and remove those."""
+    for directory in controllers.directories():
+        with contextlib.suppress(OSError):
+            for entry in directory.iterdir():
+                if entry.is_dir() and not _write(entry / "cgroup.kill", 1):
+                    _kill_members(entry)
+                with contextlib.suppress(OSError):
+                    entry.rmdir()
+
+
+def _kill_members(group: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                os.kill(int(line), 9)
+
+
+def _write(path: Path, value: int | str) -> bool:
+    try:
+        with open(path, "w") as file:
+            file.write(str(value))
+    except OSError:
+        return False
+    return True
+
+
+def _rlimit(pid: int, what: int, value: int) -> bool:
+    """Lower one limit of another process; never above what it has."""
+    try:
+        _, hard = resource.prlimit(pid, what)
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.prlimit(pid, what, (value, value))
+    except (OSError, ValueError):
+        return False
+    return True

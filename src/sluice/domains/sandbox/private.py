@@ -1,0 +1,89 @@
+"""The private tree of a domain: what persists, and to whom it belongs on the host.
+
+Theory. ``private`` is ours and holds three directories, ``rw``, ``home`` and ``usrlocal``, each of
+which belongs to the domain and is shown inside as /rw, /home and /usr/local. (/rw/home and
+/rw/usrlocal are links to those.) That way no path that is opened outside, and no mount point, has
+a component that the domain could have replaced by a link. It is made once; from then on only the
+domain writes in the three. docs/spec/core-stack.md 2.7, 12.3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from sluice import runtime
+from sluice.domains.model import DomainConfig
+from sluice.domains.sandbox.ids import RANGES, IdMap
+from sluice.domains.sandbox.namespaces import Namespaces
+from sluice.domains.trees import remove_tree
+from sluice.errors import LocalError
+
+TREES = ("rw", "home", "usrlocal")
+
+
+async def prepare(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespaces | None) -> Path:
+    """Return the private directory below ``place``, made if there is none.
+
+    ``place`` is ours alone (mode 0700). ``spaces`` are those of the domain, where it has any.
+    Raises LocalError where the trees belong to other ids than the domain has now.
+    """
+    place.mkdir(mode=0o700, exist_ok=True)
+    private = place / "private"
+    if not os.path.lexists(private):
+        await _make(place, domain, ids, spaces)
+    expected = ids.root[0] if ids.root is not None else ids.user[0]
+    for name in TREES:
+        owner = os.lstat(private / name).st_uid
+        if owner != expected:
+            raise LocalError(
+                f"{private / name} belongs to user id {owner}, but the domain has {expected}: it"
+                " was made under another privilege model (see sluice doctor)"
+            )
+    return private
+
+
+async def _make(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespaces | None) -> None:
+    """Make a new tree under another name and put it in place when it is whole."""
+    await remove(place, "private.new", spaces if ids.mode != RANGES else None)
+    new = place / "private.new"
+    new.mkdir(mode=0o700)
+    for name in TREES:
+        (new / name).mkdir(mode=0o755)
+    (new / "rw/home").symlink_to("/home")
+    (new / "rw/usrlocal").symlink_to("/usr/local")
+    homes = [] if domain.default_user == "root" else [f"home/{domain.default_user}"]
+    for name in homes:
+        (new / name).mkdir(mode=0o700)
+    if ids.mode == RANGES:
+        assert ids.root is not None
+        for name in TREES:
+            os.chown(new / name, *ids.root)
+        for name in homes:
+            os.chown(new / name, *ids.user)
+    elif spaces is not None:
+        # Only a process in a namespace that has both our id and theirs may give files away.
+        give = "".join(f"chown 2:2 {name} && " for name in homes) + "chown 1:1 " + " ".join(TREES)
+        await spaces.run(["/bin/sh", "-c", give], str(new))
+    os.rename(new, place / "private")
+
+
+async def remove(place: Path, name: str, spaces: Namespaces | None) -> None:
+    """Remove one tree below ``place``, whatever is in it. Raises LocalError if some of it stays.
+
+    ``spaces`` are needed where the files belong to subordinate ids.
+    """
+    if not os.path.lexists(place / name):
+        return
+    if spaces is not None:
+        helper = [runtime.INTERPRETER, "-IS", runtime.launcher("sluice-remove-tree"), name]
+        await spaces.run(helper, str(place))
+        return
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        await asyncio.to_thread(remove_tree, directory, name)
+    except OSError as error:
+        raise LocalError(f"{place / name}: cannot be removed: {error.strerror}") from error
+    finally:
+        os.close(directory)
