@@ -38,10 +38,7 @@ class Policy:
         call = normalise(request, info)
         if isinstance(call, Deny):
             return call
-        rule = self.find(call)
-        if rule is None:
-            return _deny(call, None, Cause.NO_MATCH, "no matching rule found")
-        return self.resolve(call, rule, info)
+        return self.answer(call, self.find(call), info)
 
     def find(self, call: Call) -> Rule | None:
         """Return the first rule that matches a normalised request, or None (section 10)."""
@@ -51,8 +48,10 @@ class Policy:
         )
         return None if position == NOWHERE else self.rules[position]
 
-    def resolve(self, call: Call, rule: Rule, info: SystemInfo) -> Allow | Ask | Deny:
-        """Carry out the action of the rule that decides ``call`` (section 11)."""
+    def answer(self, call: Call, rule: Rule | None, info: SystemInfo) -> Allow | Ask | Deny:
+        """Carry out the action of the rule that decides ``call``, None for none (section 11)."""
+        if rule is None:
+            return _deny(call, None, Cause.NO_MATCH, "no matching rule found")
         verb = rule.action.verb
         if verb is Verb.ALLOW:
             return _allow(call, rule, info)

@@ -51,6 +51,12 @@ class Trie(Generic[Value]):
         else:
             self.conjunctions.setdefault(parts[0], Trie()).put(parts[1:], value)
 
+    def values(self) -> Iterator[Value]:
+        """Yield every value."""
+        yield from self.single.values()
+        for below in self.conjunctions.values():
+            yield from below.values()
+
     def find(self, facets: Collection[str]) -> Iterator[Value]:
         """Yield every value whose parts are all among ``facets``."""
         single = self.single
@@ -127,6 +133,14 @@ class Index:
                     if position < best:
                         best = position
         return best
+
+    def matching_call(self, service: str, argument: str) -> list[Rule]:
+        """Return all rules that speak of this service and argument, in order."""
+        positions: list[int] = []
+        for key in ((service, argument), (service, WILDCARD), (WILDCARD, WILDCARD)):
+            if key in self._calls:
+                positions += [n for sources in self._calls[key].values() for n in sources.rules]
+        return [self._rules[position] for position in sorted(positions)]
 
     def matching_but_target(
         self, service: str, argument: str, source_facets: Collection[str]

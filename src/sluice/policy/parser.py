@@ -2,9 +2,9 @@
 
 A file is a list of lines, and each line stands alone: a rule, a directive, a comment. Two passes
 share the work. The *quick* one splits a line into five fields and looks each up among those that
-were found good before: files of ten thousand lines use a few hundred words. What it does not know
+were found good before: ten thousand lines use a few hundred words. Whatever is not plainly good
 goes to the *careful* one, which checks everything in the order of section 4.3 and reports every
-fault with its column. Only the careful one decides what is legal.
+fault with its column. Only the careful one refuses; a test holds that the two agree.
 
 Directives come back as values; following them is the loader's work. Faults come back as values too,
 in their place in the list, so that the engine can stop at the first in reading order and the tools
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from sluice.policy.options import Word, parse_action
+from sluice.policy.options import Word, parse_action, quick_action
 from sluice.policy.problems import PolicySyntaxError
 from sluice.policy.rules import OPT_IN, Action, Rule, Verb
 from sluice.policy.tokens import DEFAULT, WILDCARD, Column, Token, TokenError, recognise
@@ -136,7 +136,8 @@ class _Parser:
         self.extensions = extensions
         self.fixed = fixed
         self.items: list[Item] = []
-        self.calls: set[tuple[str, str]] = set()
+        self.services: set[str] = set()
+        self.arguments: set[str] = set()
         self.sources: dict[str, Token] = {}
         self.targets: dict[str, Token] = {}
         self.actions: dict[str, Action] = {}
@@ -152,26 +153,59 @@ class _Parser:
         return Parsed(self.items, self.extensions, plain)
 
     def _parse_rules(self, lines: Sequence[str]) -> None:
-        calls, sources, targets = self.calls, self.sources, self.targets
-        actions, file, items, new = self.actions, self.file, self.items, tuple.__new__
+        services, arguments = self.services, self.arguments
+        sources, targets, actions = self.sources, self.targets, self.actions
+        file, items, new = self.file, self.items, tuple.__new__
         for number, line in enumerate(lines, 1):
             fields = line.split(None, 4)
             if not fields:
                 continue
             try:
                 service, argument, source, target, rest = fields
+                if rest not in actions:
+                    self._learn_action(rest)
+                if source not in sources:
+                    self._learn_token(source, Column.SOURCE, sources)
+                if target not in targets:
+                    self._learn_token(target, Column.TARGET, targets)
                 action = actions[rest]
-                if (service, argument) in calls and (
-                    action.verb is not Verb.ALLOW or action.target or target != DEFAULT
-                ):
-                    # Not Rule(...): its generated constructor costs as much as all the rest.
-                    columns = (sources[source], targets[target])
-                    rule = (service, argument, *columns, action, file, number)
-                    items.append(new(Rule, rule))
-                    continue
+                # Not Rule(...): its generated constructor costs as much as all the rest.
+                rule = (service, argument, sources[source], targets[target], action, file, number)
             except (ValueError, KeyError):
-                pass
-            self._careful_line(line, fields, number)
+                self._careful_line(line, fields, number)
+                continue
+            if (
+                (service in services or self._learn_service(service))
+                and (argument in arguments or self._learn_argument(argument))
+                and (service != WILDCARD or argument == WILDCARD)
+                and (target != DEFAULT or action.target or action.verb is not Verb.ALLOW)
+            ):
+                items.append(new(Rule, rule))
+            else:
+                self._careful_line(line, fields, number)
+
+    def _learn_service(self, service: str) -> bool:
+        if service != WILDCARD and _SERVICE_BAD.search(service):
+            return False
+        self.services.add(service)
+        return True
+
+    def _learn_argument(self, argument: str) -> bool:
+        if argument != WILDCARD and (argument[0] != "+" or _ARGUMENT_BAD.search(argument)):
+            return False
+        self.arguments.add(argument)
+        return True
+
+    def _learn_token(self, word: str, column: Column, known: dict[str, Token]) -> None:
+        token = recognise(word, column, extensions=self.extensions)
+        if DEFAULT not in token.parts or token.text == DEFAULT:
+            # A conjunction with @default would escape the quick pass's check of row 15.
+            known[word] = token
+
+    def _learn_action(self, rest: str) -> None:
+        action = quick_action(rest)
+        if action is not None:
+            self.actions[rest] = action
 
     def _careful_line(self, line: str, fields: list[str], number: int) -> None:
         if fields[0][0] == "#":
@@ -187,14 +221,6 @@ class _Parser:
         for fault in check_call(words[0], words[1]):
             self._fault(fault[0], number, line, fault[1], fault[2])
         self._rule(words[0].text, words[1].text, words[2:], line, number, before)
-        if len(self.items) == before + 1 and type(rule := self.items[-1]) is Rule:
-            # fields[4] holds the text of all options, as the quick pass will see it again.
-            self.calls.add((rule.service, rule.argument))
-            self.sources[rule.source.text] = rule.source
-            self.actions[fields[4]] = rule.action
-            if DEFAULT not in rule.target.parts or rule.target.text == DEFAULT:
-                # A conjunction with @default would escape the quick pass's check of row 15.
-                self.targets[rule.target.text] = rule.target
 
     def _rule(
         self, service: str, argument: str, words: list[Word], line: str, number: int, before: int

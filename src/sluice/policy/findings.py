@@ -1,0 +1,70 @@
+"""What the linter says: findings, and their text (section 21.2)."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, NamedTuple
+
+from sluice.errors import PolicyError
+from sluice.policy.problems import PolicySyntaxError
+from sluice.policy.rules import Rule
+
+
+class Severity(Enum):
+    """How bad it is. Errors deny every call; warnings are what a person should look at."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class Finding(NamedTuple):
+    """One thing that the linter found."""
+
+    severity: Severity
+    code: str
+    message: str
+    file: str
+    line: int | None
+    column: int = 0
+    marked: str = ""
+    """The line and a mark below it; empty where there is none."""
+    related: tuple[str, ...] = ()
+    """``FILE:LINE`` of other rules that have to do with it."""
+
+    def __str__(self) -> str:
+        """Return ``FILE:LINE: error: MESSAGE`` as section 21.2 demands; warnings name their code."""
+        tail = "" if self.severity is Severity.ERROR else f" [{self.code}]"
+        return f"{self.file}:{self.line or 0}: {self.severity.value}: {self.message}{tail}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as an object for machines."""
+        return {
+            "severity": self.severity.value,
+            "code": self.code,
+            "message": self.message,
+            "file": self.file,
+            "line": self.line,
+            "column": self.column or None,
+            "related": list(self.related),
+        }
+
+
+def from_error(error: PolicyError) -> Finding:
+    """Turn an error of loading into a finding."""
+    if isinstance(error, PolicySyntaxError):
+        return Finding(
+            Severity.ERROR,
+            "syntax",
+            error.message,
+            error.file or "<unknown>",
+            error.line,
+            error.column,
+            error.marked(),
+        )
+    return Finding(Severity.ERROR, "load", error.message, error.file or "<unknown>", error.line)
+
+
+def at(rule: Rule, code: str, message: str, *related: Rule) -> Finding:
+    """Return a warning about a rule."""
+    places = tuple(other.place for other in related)
+    return Finding(Severity.WARNING, code, message, rule.file, rule.line, related=places)

@@ -1,0 +1,50 @@
+"""Names that a linter should know: classes of domains, services of Qubes, and what is dangerous."""
+
+from __future__ import annotations
+
+CLASSES = frozenset({"AdminVM", "AppVM", "TemplateVM", "StandaloneVM", "DispVM", "RemoteVM"})
+
+# Services that ship with a Qubes-like system, by their exact names; the Admin API is added below.
+_QUBES = """
+AppMenuSync Backup ClipboardCopy ClipboardPaste ConnectTCP DetachPciDevice FeaturesRequest Filecopy
+GetAppmenus GetDate GetImageRGBA GetRandomizedTime GetRemotePassword Gpg GpgImportKey InputKeyboard
+InputMouse InputTablet InstallUpdatesGUI NotifyTools NotifyUpdates OpenInVM OpenURL PdfConvert
+PostInstall ReceiveUpdates ResizeDisk Restore RestoreById RestoreByUuid SelectDirectory SelectFile
+SetDateTime SetGuiMode SetMonitorLayout ShowInTerminal ShutdownSelf SplitGPG SshAgent StartApp
+SuspendPost SuspendPostAll SuspendPre SuspendPreAll SyncAppMenus SyncNtpClock TemplateDownload
+TemplateSearch USB USBAttach USBDetach UpdatesProxy VMExec VMExecGUI VMRootExec VMRootShell VMShell
+WaitForNetworkUplink WaitForRunningSystem WaitForSession WindowIconUpdater
+"""
+_POLICY = """
+policy.Ask policy.Notify policy.EvalSimple policy.EvalGUI policy.RegisterArgument policy.GetFiles
+policy.List policy.Get policy.Replace policy.Remove policy.include.List policy.include.Get
+policy.include.Replace policy.include.Remove
+"""
+KNOWN = frozenset(
+    [f"qubes.{name}" for name in _QUBES.split()]
+    + _POLICY.split()
+    + ["qrexec-proxy", "u2f.Authenticate", "u2f.Register"]
+)
+
+DANGEROUS = {
+    "qubes.VMShell": "runs any command in the target",
+    "qubes.VMRootShell": "runs any command as root in the target",
+    "qubes.VMExec": "runs any command in the target",
+    "qubes.VMExecGUI": "runs any command in the target",
+    "qubes.VMRootExec": "runs any command as root in the target",
+    "qubes.ConnectTCP": "reaches any TCP port of the target",
+    "qubes.Gpg": "signs and decrypts with the keys of the target",
+    "qubes.GpgImportKey": "changes the keys of the target",
+    "qubes.SshAgent": "signs with the keys of the target",
+    "qubes.USB": "attaches devices",
+    "qubes.InputKeyboard": "types into the target",
+    "qubes.InputMouse": "clicks in the target",
+    "qubes.InputTablet": "clicks in the target",
+    "policy.Replace": "changes the policy",
+    "policy.Remove": "changes the policy",
+    "policy.include.Replace": "changes the policy",
+    "policy.include.Remove": "changes the policy",
+    "policy.RegisterArgument": "adds rules to the policy",
+    "admin.vm.CreateDisposable": "starts domains",
+}
+"""Services that no rule should allow from, or to, everybody; with what they do."""
