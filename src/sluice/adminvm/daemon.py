@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from typing import Any
 
 from sluice.adminvm.channels import Channel, PortTable
 from sluice.adminvm.daemon_calls import CallHandler
@@ -120,7 +121,7 @@ class Daemon:
 
         client = Client(loop, self.options.domid, wire.CONTROL_PORT, succeeded, timeout, failed)
         stop = asyncio.ensure_future(self._terminate.wait())
-        waits: set[asyncio.Future[int] | asyncio.Future[bool]] = {connected, stop}
+        waits: list[asyncio.Future[Any]] = [connected, stop]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not connected.done():
