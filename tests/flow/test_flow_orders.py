@@ -13,9 +13,9 @@ from itertools import permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.flow import Call, Driver, count_fds, pattern
 
 from sluice.wire import messages as m
-from tests.support.flow import Call, Driver, count_fds, pattern
 
 
 def play(call: Call, driver: Driver, events: list[Callable[[], None]], settle: bool) -> None:
@@ -158,9 +158,10 @@ class Joined:
         import os
         import socket
 
+        from tests.support.flow import End
+
         from sluice.flow.channel import DataChannel
         from sluice.vchan.passed import make_pair
-        from tests.support.flow import End
 
         if transport == "passed":
             first, second = make_pair()

@@ -218,13 +218,14 @@ class Reactor:
         """Call ``callback(*args)`` in the next round, before waiting for anything."""
         self._soon.append((callback, args))
 
-    def _run_due(self) -> None:
-        """Call what call_soon left and the timers that are due."""
+    def _run_due(self) -> bool:
+        """Call what call_soon left and the timers that are due; tell whether there was anything."""
         soon, self._soon = self._soon, []
         for callback, args in soon:
             callback(*args)
+        any_due = bool(soon)
         if not self._timers:
-            return
+            return any_due
         now = time.monotonic()
         while self._timers and (self._timers[0].callback is None or self._timers[0].due <= now):
             timer = heappop(self._timers)
@@ -232,6 +233,8 @@ class Reactor:
                 due, args = timer.callback, timer.args
                 timer.cancel()
                 due(*args)
+                any_due = True
+        return any_due
 
     def _timeout(self) -> float:
         """Return how long epoll may wait: -1 (no limit) while no timer runs."""
@@ -258,11 +261,10 @@ class Reactor:
     def run_once(self, limit: float = -1) -> int:
         """Serve what is due, then wait for descriptors and serve them.
 
-        Waits at most until the next timer, and at most ``limit`` seconds (-1: no limit). Returns
-        the number of descriptors that had something.
+        Waits at most until the next timer, at most ``limit`` seconds (-1: no limit), and not at all
+        if something was due. Returns the number of descriptors that had something.
         """
-        self._run_due()
-        timeout = self._timeout()
+        timeout = 0.0 if self._run_due() else self._timeout()
         if limit >= 0 and (timeout < 0 or timeout > limit):
             timeout = limit
         events = self._epoll.poll(timeout, 64)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # Reads in one go before the loop sees to its other descriptors.
 SHARE = 16
 
+# Pieces written together. A buffer full of messages of one byte would else become 7,000 objects.
+_BATCH = 512
+
 
 class Receiver:
     """Takes messages from ``end`` by the rules of ``state``.
@@ -119,6 +122,9 @@ class Receiver:
                 if (kind == DATA_STDIN) is state.caller:
                     self._warn("payload of the wrong direction was taken as if it were right")
                 batch.append(payload)
+                if len(batch) == _BATCH:
+                    self._deliver(batch)
+                    batch = []
                 continue
             if batch:
                 self._deliver(batch)
