@@ -1,0 +1,233 @@
+"""Reading the configuration: TOML files, checked as a whole, errors with their place.
+
+docs/spec/proxy.md 3. Large processes only; the program form uses what ``compiled.py`` keeps of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+from sluice.errors import ConfigError
+from sluice.proxy.loader import Filters
+from sluice.proxy.model import ChainConfig, ChainTable, Configuration, ProxySettings
+from sluice.proxy.names import is_valid_chain_name, is_valid_service_name, parse_target
+from sluice.proxy.options import with_values
+from sluice.proxy.paths import configuration_files
+from sluice.proxy.places import Path, Places
+from sluice.proxy.schema import FieldError, convert_table, suggest, use_filter
+from sluice.wire.names import is_valid_domain_name
+
+_TABLES = ("proxy", "chains")
+_MAX_FILE = 4 << 20
+
+
+class _File:
+    """One file: its tables, and where in it things stand."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as stream:
+                raw = stream.read(_MAX_FILE + 1)
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", file=path) from None
+        if len(raw) > _MAX_FILE:
+            raise ConfigError(f"is larger than {_MAX_FILE} bytes", file=path)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise ConfigError("is not UTF-8", file=path, line=line) from None
+        try:
+            self.tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise _syntax_error(path, text, error) from None
+        except RecursionError:
+            raise ConfigError("is nested too deeply", file=path) from None
+        self._places = Places(text)
+
+    def error(
+        self, path: Path, message: str, suggestion: str | None = None, key: Path | None = None
+    ) -> ConfigError:
+        """Return an error at the place of ``path``; ``key`` where another one is to be named."""
+        return ConfigError(
+            message,
+            file=self.path,
+            line=self._places.line(path),
+            key=_show_key(key or path),
+            suggestion=suggestion,
+        )
+
+    def line(self, path: Path) -> int | None:
+        return self._places.line(path)
+
+
+def _syntax_error(path: str, text: str, error: tomllib.TOMLDecodeError) -> ConfigError:
+    message, _, place = str(error).partition(" (at ")
+    line = None
+    if place.startswith("line "):
+        line = int(place[5:].split(",")[0])
+    elif place.startswith("end of"):
+        line = text.count("\n") + 1
+    return ConfigError(f"no valid TOML: {message}", file=path, line=line)
+
+
+def _show_key(path: Path) -> str:
+    shown = ""
+    for part in path:
+        shown += f"[{part}]" if isinstance(part, int) else (f".{part}" if shown else str(part))
+    return shown
+
+
+def load(path: str | None = None) -> Configuration:
+    """Read the whole configuration, from ``path`` or from the usual places.
+
+    ``path`` is a TOML file, the earlier proxy's ``config.json``, or a directory with either.
+    Raises ConfigError for the first mistake, with file, line, key and suggestion.
+    """
+    files = configuration_files(path)
+    if len(files) == 1 and files[0].endswith(".json"):
+        from sluice.proxy.legacy import load_legacy
+
+        return load_legacy(files[0])
+    read = [_File(file) for file in files]
+    settings = _settings(read)
+    filters = Filters(settings.filters)
+    chains: dict[str, ChainConfig] = {}
+    for file in read:
+        for chain in _chains(file, filters):
+            if chain.name in chains:
+                raise file.error(
+                    ("chains", chain.name),
+                    f"is defined already in {chains[chain.name].file}:{chains[chain.name].line}",
+                )
+            chains[chain.name] = chain
+    return Configuration(settings, chains, files)
+
+
+def _settings(files: list[_File]) -> ProxySettings:
+    """Merge the tables ``[proxy]``: what comes later stands."""
+    values: dict[str, Any] = {}
+    for file in files:
+        for name in file.tables:
+            if name not in _TABLES:
+                raise file.error((name,), "unknown table", suggest(name, _TABLES))
+        table = file.tables.get("proxy", {})
+        if not isinstance(table, dict):
+            raise file.error(("proxy",), "must be a table", "[proxy]")
+        try:
+            values |= convert_table(ProxySettings, table)
+        except FieldError as error:
+            raise file.error(
+                ("proxy", error.field.split("[")[0]), error.message_only, error.hint
+            ) from None
+        for name in ("max_calls", "max_calls_source", "log_lines", "audit_keep"):
+            if name in table and not 1 <= values[name] <= 1_000_000:
+                raise file.error(("proxy", name), "is out of range", "from 1 to 1000000")
+        for name in ("filters", "legacy_plugins"):
+            for place, directory in enumerate(table.get(name, [])):
+                if not os.path.isdir(directory):
+                    raise file.error(("proxy", name, place), f"'{directory}' is no directory")
+    made: ProxySettings = with_values(ProxySettings, values)
+    return made
+
+
+def _chains(file: _File, filters: Filters) -> Iterator[ChainConfig]:
+    tables = file.tables.get("chains", {})
+    if not isinstance(tables, dict):
+        raise file.error(("chains",), "must be a table", "[chains.NAME]")
+    for name, table in tables.items():
+        path: Path = ("chains", name)
+        if not is_valid_chain_name(name):
+            raise file.error(path, "illegal name", "1 to 64 of A-Z a-z 0-9 _ . -")
+        if not isinstance(table, dict):
+            raise file.error(path, "must be a table", f"[chains.{name}]")
+        yield _chain(file, name, table, filters)
+
+
+def _chain(file: _File, name: str, table: dict[str, Any], filters: Filters) -> ChainConfig:
+    path: Path = ("chains", name)
+    try:
+        values = convert_table(ChainTable, table)
+    except FieldError as error:
+        field = error.field.split("[")[0]
+        raise file.error((*path, field), error.message_only, error.hint) from None
+    _check_names(file, path, values)
+    uses: list[Any] = []
+    for place, element in enumerate(values.pop("filters")):
+        uses.append(_use(file, (*path, "filters", place), element, filters))
+        twice = [use.name for use in uses].count(uses[-1].name)
+        if twice > 1:
+            uses[-1].name = f"{uses[-1].name}#{twice}"
+    return ChainConfig(name, uses, file=file.path, line=file.line(path), **values)
+
+
+def _check_names(file: _File, path: Path, values: dict[str, Any]) -> None:
+    """See that the lists of who may use a chain hold names that can exist."""
+    for key, valid in (("sources", is_valid_domain_name), ("targets", _is_target)):
+        for place, name in enumerate(_listed(values.get(key))):
+            if name == "any":
+                raise file.error((*path, key, place), "'any' stands alone", f'{key} = "any"')
+            if not valid(name):
+                raise file.error((*path, key, place), f"'{name}' is no legal name")
+    for place, name in enumerate(_listed(values.get("services"))):
+        if name == "any":
+            raise file.error((*path, "services", place), "'any' stands alone", 'services = "any"')
+        if not is_valid_service_name(name.partition("+")[0]):
+            raise file.error((*path, "services", place), f"'{name}' is no legal service name")
+
+
+def _listed(value: list[str] | str | None) -> list[str]:
+    return value if isinstance(value, list) else []
+
+
+def _is_target(name: str) -> bool:
+    try:
+        return parse_target(name) == name
+    except ValueError:
+        return False
+    except Exception as error:
+        return not error
+
+
+def _use(file: _File, path: Path, element: Any, filters: Filters) -> Any:
+    """Return one place of a chain from ``"name"`` or ``{ use = "name", ... }``."""
+    if isinstance(element, str):
+        element = {"use": element}
+    if not isinstance(element, dict) or not isinstance(element.get("use"), str):
+        raise file.error(path, "must be a filter's name or a table", '{ use = "timeout", ... }')
+    given = dict(element)
+    name = given.pop("use")
+    try:
+        cls = filters.get(name)
+    except ConfigError as error:
+        if error.file is not None:
+            raise
+        raise file.error(path, error.message, None) from None
+    try:
+        return use_filter(cls, given)
+    except FieldError as error:
+        raise file.error(
+            (*path, error.field.split("[")[0].split(".")[0]),
+            f"filter '{cls.name}': {error.message_only}",
+            error.hint,
+            key=(*path, error.field),
+        ) from None
+
+
+def read_json(path: str) -> Any:
+    """Return what a JSON file holds. Raises ConfigError with its line."""
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(_MAX_FILE + 1)
+        return json.loads(raw)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=path) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"no valid JSON: {error.msg}", file=path, line=error.lineno) from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"no valid JSON: {type(error).__name__}", file=path) from None

@@ -1,0 +1,181 @@
+"""One call of the proxy from its words to its end, whatever the form (docs/spec/proxy.md 2).
+
+What a form has (a call's name, a source, two descriptors) is put through the proxy's own rules, a
+flow is made of it, and whatever happens ends in one audit record and one exit code.
+"""
+
+from __future__ import annotations
+
+import os
+
+from sluice.errors import LocalError, SluiceError
+from sluice.flow.endpoint import close_fd
+from sluice.proxy.audit import Audit, record_of, refusal
+from sluice.proxy.chain import Cause
+from sluice.proxy.far import client_end, find_client
+from sluice.proxy.flow import GONE_GRACE, Flow, Settings
+from sluice.proxy.link import Call, Memory, Tools
+from sluice.proxy.log import WARNING, Log
+from sluice.proxy.model import RefusedError
+from sluice.proxy.names import is_valid_source, parse_call_name
+from sluice.proxy.paths import audit_file, state_directory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sluice.flow.reactor import Loop
+    from sluice.proxy.far import FarEnd
+    from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
+
+REFUSED, TROUBLE = 126, 125
+
+
+def new_ident() -> str:
+    """Return a name for a call: 12 digits, unlike any other's."""
+    return os.urandom(6).hex()
+
+
+def named_call(untrusted_name: str, untrusted_source: str | None, form: str) -> Call:
+    """Return the call that a source asks for (section 1). Raises LocalError."""
+    if not untrusted_source:
+        raise LocalError("no source domain is known: not called through qrexec")
+    if not is_valid_source(untrusted_source):
+        raise LocalError("the source domain has an illegal name")
+    name = parse_call_name(untrusted_name, own_name=os.uname().nodename)
+    return Call(
+        untrusted_source,
+        name.target,
+        name.service,
+        name.argument,
+        chain=name.chain,
+        ident=new_ident(),
+        form=form,
+    )
+
+
+class Session:
+    """What all calls of a process share: loop, configuration, memory, log, audit."""
+
+    def __init__(
+        self, loop: Loop, configuration: Configuration, log: Log, *, memory: Memory | None = None
+    ) -> None:
+        """Take the configuration as it is now; calls keep the chain that they began with."""
+        self.loop = loop
+        self.configuration = configuration
+        self.log = log
+        self.memory = memory or Memory(configuration.settings.max_memory)
+        settings = configuration.settings
+        self.audit = Audit(
+            audit_file(settings.audit), max_bytes=settings.audit_max, keep=settings.audit_keep
+        )
+
+    @property
+    def settings(self) -> ProxySettings:
+        """The settings of the configuration in force."""
+        return self.configuration.settings
+
+    def begin(
+        self,
+        call: Call,
+        in_fd: int,
+        out_fd: int,
+        on_end: Callable[[int], None],
+        *,
+        explicit: bool = True,
+        far: FarEnd | None = None,
+        outlive: bool = False,
+    ) -> Flow | None:
+        """Put a call through the rules and start its flow; None where it is refused.
+
+        Owns both descriptors, also then. ``on_end(exit_code)`` is called once, maybe at once.
+        ``far`` is the far end where it is not the ordinary one; ``outlive``: it may go on for as
+        long as it likes after its source is gone.
+        """
+        try:
+            chain = self.configuration.chain(call.chain)
+            chain.permit(call, explicit=explicit)
+            far = far or self._far_end(call)
+        except SluiceError as error:
+            kind = "refused" if isinstance(error, RefusedError) else "configuration"
+            self.refuse(call, Cause(kind, str(error), exit_code=error.exit_code))
+            close_fd(in_fd)
+            close_fd(out_fd)
+            on_end(error.exit_code)
+            return None
+        return self._start(call, chain, far, in_fd, out_fd, on_end, outlive)
+
+    def _start(
+        self,
+        call: Call,
+        chain: ChainConfig,
+        far: FarEnd,
+        in_fd: int,
+        out_fd: int,
+        on_end: Callable[[int], None],
+        outlive: bool,
+    ) -> Flow:
+        log = self.log.of_call(call.ident, self.settings.log_lines)
+        closed_reader = chain.on_closed_reader or self.settings.on_closed_reader
+
+        def ended(flow: Flow) -> None:
+            log.flush()
+            self._record(flow)
+            on_end(flow.exit_code)
+
+        flow = Flow(
+            self.loop,
+            chain.uses,
+            call,
+            far,
+            in_fd=in_fd,
+            out_fd=out_fd,
+            on_end=ended,
+            log=log,
+            settings=Settings(
+                abort_on_closed_reader=closed_reader == "abort",
+                gone_grace=None if outlive else GONE_GRACE,
+            ),
+            memory=self.memory,
+            tools=Tools(
+                log=log, state_directory=state_directory(self.settings.state), loop=self.loop
+            ),
+        )
+        flow.start()
+        return flow
+
+    def _far_end(self, call: Call) -> FarEnd:
+        """Return the ordinary far end: the agent's socket in a Sluice domain, else the client."""
+        client = find_client(self.settings.client or None, os.environ.get("PATH"))
+        if client is None:
+            raise LocalError("qrexec-client-vm is not installed here")
+        log = self.log.of_call(call.ident, self.settings.log_lines)
+        if is_our_client(client):
+            from sluice.proxy.agent_end import AgentEnd
+
+            return AgentEnd(self.loop, call, log=log, timeout=self.settings.far_timeout)
+        return client_end(self.loop, call, client, log)
+
+    def refuse(self, call: Call, cause: Cause) -> None:
+        """Log and record a call that does not begin."""
+        self.log.write(f"[{call.ident}] refused: {cause}", WARNING)
+        self._write(refusal(call, cause))
+
+    def _record(self, flow: Flow) -> None:
+        cause = flow.cause
+        if cause is not None and cause.kind != "done":
+            self.log.write(f"[{flow.call.ident}] ended: {cause}", WARNING)
+        self._write(record_of(flow))
+
+    def _write(self, record: dict[str, object]) -> None:
+        try:
+            self.audit.write(record)
+        except OSError as error:
+            self.log.write(f"no audit record in {self.audit.path}: {error.strerror}", WARNING)
+
+
+def is_our_client(client: str) -> bool:
+    """Tell whether a ``qrexec-client-vm`` is Sluice's: then we can ask the agent as it does."""
+    from sluice.runtime import bin_directory
+
+    return os.path.realpath(client).startswith(bin_directory() + "/")
