@@ -9,7 +9,17 @@ import click
 import sluice
 
 # name -> "module:attribute". Loading one subcommand must not cost the imports of the others.
-LAZY: dict[str, str] = {}
+LAZY: dict[str, str] = {
+    "init": "sluice.cli.init:command",
+    "up": "sluice.cli.up:command",
+    "down": "sluice.cli.down:command",
+    "ls": "sluice.cli.ls:command",
+    "shell": "sluice.cli.shell:command",
+    "run": "sluice.cli.run:command",
+    "log": "sluice.cli.log:command",
+    "doctor": "sluice.cli.doctor:command",
+    "proxy": "sluice.cli.proxy:command",
+}
 
 
 class LazyGroup(click.Group):
@@ -30,6 +40,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--root", metavar="DIR", envvar="SLUICE_ROOT", help="See the subcommands.")
 @click.version_option(sluice.__version__, prog_name="sluice")
-def main() -> None:
+def main(root: str | None) -> None:
     """Qubes RPC (qrexec) for any Linux, with a firewall in the data path."""

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from sluice.domains.model import CLASSES, DOM0, HOST_TEMPLATE, LABELS, DomainConfig, name_error
 from sluice.domains.registry import Registry
+from sluice.domains.sandbox.process import own_user
 from sluice.domains.store import Store
 from sluice.errors import ConfigError
 from sluice.wire.names import is_valid_domain_name
@@ -242,6 +243,11 @@ def _domain(reader: _Reader, name: str, table: Any, defaults: SystemDefaults) ->
     if settings.get("klass", "AppVM") in ("AppVM", "DispVM"):
         settings.setdefault("template", defaults.default_template)
     settings.setdefault("default_dispvm", defaults.default_dispvm)
+    # What is in the file is meant to run, unless it says otherwise; templates and disposables wait.
+    ordinary = settings.get("klass", "AppVM") in ("AppVM", "StandaloneVM")
+    settings.setdefault("autostart", ordinary and not settings.get("template_for_dispvms", False))
+    if settings["kind"] == "process":
+        settings.setdefault("default_user", own_user())
     return settings
 
 

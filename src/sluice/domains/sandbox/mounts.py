@@ -159,7 +159,7 @@ def _etc(plan: Plan, domain: DomainConfig, has_root: bool, template: Path) -> No
     plan.directory("/etc/qubes")
     for name in etc.MERGED:
         plan.directory(f"/etc/{name}")
-        _merge(plan, name, [template / "etc" / name, *_shipped(name), Path("/etc") / name])
+        _merge(plan, name, [*sources(name, template), Path("/etc") / name])
     for name, content in etc.generated(domain, has_root=has_root).items():
         plan.file(f"/etc/{name}", content.encode())
 
@@ -177,12 +177,16 @@ def _show_etc(plan: Plan, source: str, name: str) -> None:
         plan.add("--ro-bind-try", os.path.realpath(source), f"/etc/{name}")
 
 
-def _shipped(name: str) -> list[Path]:
-    """Return where the package brings such entries itself: services for domains."""
-    brought = {"qubes-rpc": "rpc", "qubes/rpc-config": "rpc-config"}.get(name)
-    if brought is None:
-        return []
-    return [Path(runtime.package_directory()) / "domain" / brought]
+def sources(name: str, template: Path) -> list[Path]:
+    """Return the directories that give entries to /etc/``name``, but for the template's own.
+
+    These are what the system adds to the template, and what the package brings itself.
+    """
+    brought = {"qubes-rpc": "rpc", "qubes/rpc-config": "rpc-config"}.get(name, "")
+    candidates = [template / "etc" / name]
+    if brought:
+        candidates.append(Path(runtime.package_directory()) / "domain" / brought)
+    return [candidate for candidate in candidates if candidate.is_dir()]
 
 
 def _merge(plan: Plan, name: str, sources: list[Path]) -> None:

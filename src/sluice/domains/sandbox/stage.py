@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sluice.errors import LocalError, ResourceError
@@ -60,6 +60,7 @@ def spawn(
     directory: str = "/",
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> Staged:
     """Start a program of the host with nothing inherited but ``descriptors``.
 
@@ -70,7 +71,7 @@ def spawn(
     try:
         process = subprocess.Popen(
             argv,
-            env=ENVIRONMENT,
+            env=environment,
             cwd=directory,
             stdin=stdin,
             stdout=stdout,

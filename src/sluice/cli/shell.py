@@ -1,0 +1,120 @@
+"""``sluice shell``: a shell in a domain, on a terminal of the domain's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+
+import click
+
+from sluice import runtime
+from sluice.agent.terminal import SIZE, TYPED, WINDOW, frame
+from sluice.cli.common import make_running, places, root_option, tell_errors
+from sluice.cli.escapes import EscapeFilter
+from sluice.cli.run import client, write_all
+from sluice.domains.paths import Paths
+
+
+@click.command()
+@click.argument("name")
+@click.option("--user", "-u", default="DEFAULT", help="Be this user of the domain.")
+@click.option("--raw", is_flag=True, help="Pass escape sequences to the terminal unfiltered.")
+@root_option
+@tell_errors
+def command(name: str, user: str, raw: bool, root: str | None) -> None:
+    """Open a shell in the domain NAME; started if need be."""
+    paths = places(root)
+    make_running(paths, name)
+    program = pty_program(paths, name)
+    rows, columns = window_size()
+    term = os.environ.get("TERM", "dumb")
+    if not re.fullmatch(r"[A-Za-z0-9._+-]{1,40}", term):
+        term = "dumb"
+    text = shlex.join([program, str(rows), str(columns), term])
+    sys.exit(relay(client(paths, name, text, user), None if raw else EscapeFilter()))
+
+
+def pty_program(paths: Paths, name: str) -> str:
+    """Return where the domain has the program that makes its terminal."""
+    from sluice.cli.ls import describe
+
+    kinds = {domain["name"]: domain["kind"] for domain in describe(paths)}
+    if kinds.get(name) == "process":
+        return runtime.launcher("sluice-pty")
+    return f"{runtime.INSIDE_BIN}/sluice-pty"
+
+
+def window_size() -> tuple[int, int]:
+    """Return rows and columns of our terminal; 24 by 80 where there is none."""
+    try:
+        size = os.get_terminal_size(0)
+    except OSError:
+        return 24, 80
+    return size.lines or 24, size.columns or 80
+
+
+@contextlib.contextmanager
+def raw_terminal(descriptor: int) -> Iterator[None]:
+    """Let every key through to the domain, and put the terminal back at the end."""
+    if not os.isatty(descriptor):
+        yield
+        return
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setraw(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+
+
+def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
+    """Join our terminal to the program in the domain; returns its exit status."""
+    wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGWINCH, lambda *_: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    with raw_terminal(0):
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        to_domain, from_domain = process.stdin.fileno(), process.stdout.fileno()
+        watched = [0, from_domain, wake_read]
+        while from_domain in watched:
+            for descriptor in select.select(watched, [], [])[0]:
+                if descriptor == wake_read:
+                    os.read(wake_read, 512)
+                    _send(to_domain, WINDOW, SIZE.pack(*window_size()))
+                elif descriptor == 0:
+                    typed = os.read(0, 16384)
+                    if typed:
+                        _send(to_domain, TYPED, typed)
+                    else:
+                        # End of a script: the terminal's own sign for it.
+                        _send(to_domain, TYPED, b"\x04")
+                        watched.remove(0)
+                else:
+                    shown = os.read(from_domain, 65536)
+                    if shown:
+                        write_all(1, escapes.feed(shown) if escapes else shown)
+                    else:
+                        watched.remove(from_domain)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        status = process.wait()
+    signal.set_wakeup_fd(-1)
+    os.close(wake_read)
+    os.close(wake_write)
+    return status
+
+
+def _send(descriptor: int, kind: int, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        write_all(descriptor, frame(kind, data))

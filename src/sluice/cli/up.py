@@ -1,0 +1,151 @@
+"""``sluice up``: start the AdminVM of a system and its domains."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sluice.cli.common import places, root_option, tell_errors
+from sluice.domains.paths import Paths
+from sluice.errors import LocalError
+
+if TYPE_CHECKING:
+    from sluice.domains.registry import Registry
+    from sluice.domains.sandbox.base import Sandbox
+
+READY = "ready:"
+
+
+@click.command()
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("--detach", "-d", is_flag=True, help="Return when ready; go on in the background.")
+@root_option
+@tell_errors
+def command(file: str | None, detach: bool, root: str | None) -> None:
+    """Start the system of FILE (default: system.toml of the configuration directory).
+
+    The directory of FILE is the configuration directory: policy.d, rpc and template lie in it.
+    Stays in the foreground until SIGINT, SIGTERM or `sluice down`.
+    """
+    paths = places(root)
+    if file is not None:
+        paths = dataclasses.replace(paths, config=Path(file).absolute().parent)
+    system_file = Path(file) if file is not None else paths.system_file
+    if not system_file.exists():
+        raise LocalError(f"{system_file}: there is no system yet (make one with `sluice init`)")
+    if detach:
+        _detach(paths, file, root)
+    else:
+        sys.exit(asyncio.run(serve(paths, system_file)))
+
+
+async def serve(paths: Paths, system_file: Path) -> int:
+    """Run one system until it is stopped; returns the exit status."""
+    from sluice.adminvm.system import AdminVM
+    from sluice.domains.store import Store
+    from sluice.domains.system_file import load
+    from sluice.policy.files import PolicyStore
+
+    system = load(system_file)
+    paths.create()
+    lock = _lock(paths)
+    _sweep(paths)
+    with Store(paths.store) as store:
+        registry = system.registry(store)
+        sandboxes = make_sandboxes(paths, registry, system.defaults.uid_base)
+        policy = PolicyStore(
+            paths.policy_directories, legacy_directory=paths.config / "policy.legacy"
+        )
+        adminvm = AdminVM(registry, sandboxes, policy, paths)
+        await adminvm.start()
+        count = len(adminvm.running())
+        print(f"{READY} {count} of {len(registry) - 1} domains run", file=sys.stderr, flush=True)
+        try:
+            await adminvm.run_until_stopped()
+        finally:
+            os.close(lock)
+    return 0
+
+
+def make_sandboxes(paths: Paths, registry: Registry, uid_base: int | None) -> dict[str, Sandbox]:
+    """Return the sandboxes of the kinds that the domains name, and say what each means."""
+    from sluice.domains.sandbox.bubblewrap import Bubblewrap
+    from sluice.domains.sandbox.process import Process
+
+    kinds = {domain.kind for domain in registry}
+    made: dict[str, Sandbox] = {}
+    if "bubblewrap" in kinds:
+        made["bubblewrap"] = Bubblewrap(paths, uid_base=uid_base)
+    if "process" in kinds:
+        made["process"] = Process(paths)
+    for kind, sandbox in made.items():
+        print(f"{kind}: {sandbox.privilege()}", file=sys.stderr, flush=True)
+    return made
+
+
+def _lock(paths: Paths) -> int:
+    """Make sure that this is the only AdminVM of the system; the lock ends with the process."""
+    descriptor = os.open(paths.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise LocalError(f"{paths.runtime}: an AdminVM runs here already") from None
+    return descriptor
+
+
+def _sweep(paths: Paths) -> None:
+    """Remove the sockets and run directories that an AdminVM left which was killed."""
+    import shutil
+
+    for directory in (paths.daemon_dir, paths.domains):
+        for entry in directory.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+    paths.control_socket.unlink(missing_ok=True)
+
+
+def _detach(paths: Paths, file: str | None, root: str | None) -> None:
+    """Start ourselves in the background, show what it says until it is ready, and return."""
+    paths.create()
+    log_file = paths.log / "adminvm.log"
+    command = [sys.executable, "-m", "sluice", "up", *([file] if file else [])]
+    command += ["--root", root] if root else []
+    with open(log_file, "ab") as log:
+        begin = log.tell()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        _follow_until_ready(log_file, begin, pidfd)
+    finally:
+        os.close(pidfd)
+    if process.poll() is not None:
+        sys.exit(process.returncode or 1)
+
+
+def _follow_until_ready(log_file: Path, begin: int, pidfd: int) -> None:
+    import select
+
+    with open(log_file, errors="replace") as log:
+        log.seek(begin)
+        ended = False
+        while True:
+            for line in log:
+                click.echo(line.rstrip("\n"), err=True)
+                if line.startswith(READY):
+                    return
+            if ended:
+                return
+            ended = bool(select.select([pidfd], [], [], 0.05)[0])

@@ -1,0 +1,164 @@
+"""Domains as plain processes: no isolation whatsoever. For tests, and where namespaces are
+forbidden.
+
+The agent and what it starts run as our own user, see our files and each other, and can do what we
+can. Every start says so. A directory takes the place of the domain's file system: its files lie
+below it under the paths they have in a real domain, and services are looked for there.
+docs/spec/core-stack.md 12.1 (level 0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from sluice import runtime
+from sluice.agent.inside import furnish
+from sluice.domains.model import DomainConfig
+from sluice.domains.paths import Paths
+from sluice.domains.sandbox import etc, mounts, stage
+from sluice.domains.sandbox.base import CONTROL_ENVIRONMENT, Limit
+from sluice.domains.sandbox.supplies import supplies
+from sluice.errors import LocalError
+
+MARK = "SLUICE_PROCESS_DOMAIN"
+"""Names the run in the environment of everything it starts, so that all of it can be found."""
+
+WARNING = (
+    "NO ISOLATION: domains of kind `process` run as your own user, with your files, your network"
+    " and your processes in reach. For tests only."
+)
+_DIRECTORIES = ("run", "home", "rw", "usr/local/bin", "etc/qubes-rpc", "etc/qubes/rpc-config")
+_SERVICES = ("run/qubes-rpc", "usr/local/etc/qubes-rpc", "etc/qubes-rpc")
+_CONFIGURATION = ("run/qubes/rpc-config", "usr/local/etc/qubes/rpc-config", "etc/qubes/rpc-config")
+# A wrapper, so that clients find the agent of this domain and not one of the host.
+_CLIENT = '#!/bin/sh\nexec {launcher} --agent-socket={socket} "$@"\n'
+
+
+def own_user() -> str:
+    """Return the name of the user we are: the only one that such a domain has."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+class RunningProcess:
+    """One run of a domain as plain processes."""
+
+    kind = "process"
+
+    def __init__(self, staged: stage.Staged, mark: str, directory: Path) -> None:
+        """Take the agent's process, the mark of the run and its run directory."""
+        self._staged = staged
+        self._mark = f"{MARK}={mark}".encode()
+        self._directory = directory
+        self.pid = staged.process.pid
+        self.pidfd = staged.pidfd
+        self.stderr_fd = os.dup(staged.console)
+
+    def kill(self) -> None:
+        """End the agent and everything that carries the run's mark."""
+        self._staged.kill()
+        self._kill_marked()
+
+    def _kill_marked(self) -> None:
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{entry}/environ", "rb") as file:
+                    found = self._mark in file.read(1 << 20).split(b"\0")
+                if found:
+                    os.kill(int(entry), signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Wait for the agent; what it left is ended."""
+        status = await self._staged.wait()
+        self._kill_marked()
+        return status
+
+    async def clean(self) -> None:
+        """Remove the run directory."""
+        self._staged.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def limits(self) -> list[Limit]:
+        """Return that nothing is limited."""
+        names = ("memory", "processes", "cpus", "descriptors")
+        return [Limit(name, "unlimited", "none") for name in names]
+
+
+class Process:
+    """Starts domains as plain processes, for one system."""
+
+    kind = "process"
+
+    def __init__(self, paths: Paths) -> None:
+        """Take the places of the system."""
+        self._paths = paths
+
+    def privilege(self) -> str:
+        """Say loudly that there is no isolation."""
+        return WARNING
+
+    async def start(self, domain: DomainConfig, control: socket.socket) -> RunningProcess:
+        """Start the domain's agent; see ``Sandbox.start``."""
+        print(f"{domain.name}: {WARNING}", file=sys.stderr, flush=True)
+        root = self._paths.appvms / domain.name / "process"
+        directory = self._paths.domains / domain.name
+        try:
+            self._furnish(domain, root)
+            shutil.rmtree(directory, ignore_errors=True)
+            (directory / "bin").mkdir(mode=0o700, parents=True)
+            agent_socket = directory / "agent.sock"
+            client = directory / "bin/qrexec-client-vm"
+            client.write_text(
+                _CLIENT.format(launcher=runtime.launcher("qrexec-client-vm"), socket=agent_socket)
+            )
+            client.chmod(0o700)
+        except OSError as error:
+            raise LocalError(f"{domain.name}: cannot be furnished: {error}") from error
+        mark = secrets.token_hex(16)
+        environment = self._environment(domain, root, directory)
+        environment |= {MARK: mark, CONTROL_ENVIRONMENT: str(control.fileno())}
+        staged = stage.spawn(
+            [runtime.launcher("qrexec-agent"), "-a", str(agent_socket), "-S"],
+            descriptors=(control.fileno(),),
+            directory=str(root),
+            environment=environment,
+        )
+        return RunningProcess(staged, mark, directory)
+
+    def _furnish(self, domain: DomainConfig, root: Path) -> None:
+        """Lay the files below ``root`` as they would lie in a real domain."""
+        for name in _DIRECTORIES:
+            (root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        failures = furnish(supplies(domain, self._paths), -1, str(root))
+        if failures:
+            raise LocalError(f"{domain.name}: could not lay {failures[0]}")
+        template = self._paths.template(domain.template or domain.name)
+        for name in ("qubes-rpc", "qubes/rpc-config"):
+            for source in mounts.sources(name, template):
+                shutil.copytree(source, root / "etc" / name, symlinks=True, dirs_exist_ok=True)
+
+    def _environment(self, domain: DomainConfig, root: Path, directory: Path) -> dict[str, str]:
+        def below(names: tuple[str, ...]) -> str:
+            return ":".join(str(root / name) for name in names)
+
+        base = etc.environment(domain, as_root=False)
+        path = f"{directory / 'bin'}:{root / 'usr/local/bin'}:{runtime.bin_directory()}"
+        return base | {
+            "PATH": f"{path}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "HOME": str(root) + etc.home(domain.default_user),
+            "QREXEC_SERVICE_PATH": below(_SERVICES),
+            "QUBES_RPC_CONFIG_PATH": below(_CONFIGURATION),
+            "SLUICE_PROCESS_ROOT": str(root),
+        }
