@@ -82,19 +82,22 @@ class Session:
         out_fd: int,
         on_end: Callable[[int], None],
         *,
-        explicit: bool = True,
+        explicit: bool | None = True,
         far: FarEnd | None = None,
         outlive: bool = False,
     ) -> Flow | None:
         """Put a call through the rules and start its flow; None where it is refused.
 
         Owns both descriptors, also then. ``on_end(exit_code)`` is called once, maybe at once.
+        ``explicit``: the source chose target and service; None where it is no call of a domain
+        and the chain's rules do not apply.
         ``far`` is the far end where it is not the ordinary one; ``outlive``: it may go on for as
         long as it likes after its source is gone.
         """
         try:
             chain = self.configuration.chain(call.chain)
-            chain.permit(call, explicit=explicit)
+            if explicit is not None:
+                chain.permit(call, explicit=explicit)
             far = far or self._far_end(call)
         except SluiceError as error:
             kind = "refused" if isinstance(error, RefusedError) else "configuration"
