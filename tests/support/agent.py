@@ -219,6 +219,7 @@ class Place:
         """Listen on a Unix socket below the place."""
         listener = socket.socket(socket.AF_UNIX)
         path = self.path / name
+        path.unlink(missing_ok=True)
         listener.bind(str(path))
         path.chmod(0o777)
         listener.listen(16)

@@ -200,6 +200,7 @@ class ServiceCall:
             handshake_timeout=HANDSHAKE_TIMEOUT,
             on_stderr=self._stderr if command is not None and command.is_service else None,
             on_open=self._opened,
+            on_out_end=self._around.processes.hear_switches,
         )
         self._channel.start()
 

@@ -44,6 +44,7 @@ from sluice.wire.messages import (
     encode_hello,
     negotiate,
 )
+from sluice.wire.names import TERMINAL_TABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,11 +55,6 @@ if TYPE_CHECKING:
 # A pipe that has passed so many bytes is worth more room, in bytes.
 _GROW_AFTER = 1 << 20
 _GROWN = 1 << 18
-
-# What character filtering (section 10.9) makes of each byte.
-_FILTER = bytes(
-    byte if 0x20 <= byte <= 0x7E or byte in b"\a\b\t\n\r" else 0x5F for byte in range(256)
-)
 
 
 class DataChannel:
@@ -311,7 +307,7 @@ class DataChannel:
             self._in.on_write = self._in_writable
             self._in.on_hangup = self._in_gone
             state.in_open = True
-            table = _FILTER if self._filter_stdout and self._caller else None
+            table = TERMINAL_TABLE if self._filter_stdout and self._caller else None
             receiver.inlet = Inlet(self._in, self._in_closed, table=table)
         if out_fd >= 0:
             shared = self._in if in_fd == out_fd else None
@@ -446,7 +442,7 @@ class DataChannel:
         """Pass on what the service wrote to its stderr."""
         if self._on_stderr is not None:
             data = bytes(payload)
-            self._on_stderr(memoryview(data.translate(_FILTER) if self._filter_stderr else data))
+            self._on_stderr(memoryview(data.translate(TERMINAL_TABLE) if self._filter_stderr else data))
             return
         if self._receiver.stderr is None:
             end = Endpoint(self._loop, 2, writing=True, borrowed=True)
@@ -457,7 +453,7 @@ class DataChannel:
 
     def _set_stderr(self, end: Endpoint) -> None:
         """Write the other side's stderr there. That it fails is nobody's concern."""
-        table = _FILTER if self._filter_stderr else None
+        table = TERMINAL_TABLE if self._filter_stderr else None
         self._receiver.stderr = Inlet(end, end.close, table=table)
         end.on_write = self._stderr_writable
         self._stderr = end
