@@ -11,18 +11,10 @@ from __future__ import annotations
 import asyncio
 
 from sluice.adminvm.audit import CallRecord
-from sluice.errors import SluiceError
 
 # Above the ports of the other transport, so that a number in a log cannot be mistaken for one.
 FIRST_NUMBER = 1024
 LAST_NUMBER = (1 << 32) - 2
-
-
-class Refused(SluiceError):
-    """The call is refused; the text is the cause for log and audit, never for the source."""
-
-    exit_code = 126
-    public = "Request refused"
 
 
 class CallNumbers:

@@ -26,7 +26,7 @@ import time
 from typing import Any
 
 from sluice.adminvm.channels import Channel, PortTable
-from sluice.adminvm.daemon_calls import CallHandler
+from sluice.adminvm.daemon_calls import CallHandler, refuse
 from sluice.adminvm.daemon_options import USAGE, Options, parse_arguments
 from sluice.adminvm.endpoint import Endpoint
 from sluice.adminvm.link import Link, Rejected, Request
@@ -254,10 +254,7 @@ class Daemon:
         except (SluiceError, OSError, TimeoutError) as error:
             self._folded(f"{self._handler.describe(request)}: refused: {error}")
         finally:
-            # A SERVICE_CONNECT that a local client has written already counts (6.3).
-            if endpoint.local is not None:
-                endpoint.local.drain()
-            endpoint.refuse(request)
+            refuse(endpoint, request)
 
     def rejected(self, endpoint: Endpoint, event: Rejected) -> None:
         """Log a request that was refused unseen."""
@@ -309,17 +306,19 @@ def _run(options: Options, report: int | None) -> int:
     os.setegid(os.getgid())
     os.seteuid(os.getuid())
 
-    def started() -> None:
+    def tell(byte: int) -> None:
+        # Without a parent that waits there is nobody to tell (QREXEC_STARTUP_NOWAIT).
         if report is not None:
-            os.write(report, b"\0")
+            with contextlib.suppress(OSError):
+                os.write(report, bytes([byte]))
             os.close(report)
 
     async def life() -> int:
-        return await Daemon(options).run(started)
+        return await Daemon(options).run(lambda: tell(0))
 
     status = asyncio.run(life())
-    if status == EXIT_STARTUP_TIMEOUT and report is not None:
-        os.write(report, bytes([EXIT_STARTUP_TIMEOUT]))
+    if status == EXIT_STARTUP_TIMEOUT:
+        tell(EXIT_STARTUP_TIMEOUT)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)

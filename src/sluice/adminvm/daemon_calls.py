@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable
 
 from sluice.adminvm.ask import NotRunning
-from sluice.adminvm.calls import Refused
 from sluice.adminvm.channels import PortTable
 from sluice.adminvm.daemon_options import Options
-from sluice.adminvm.decision import Decision, command_for_dom0, command_for_vm
+from sluice.adminvm.decision import Decision, Refused, command_for_dom0, command_for_vm
 from sluice.adminvm.dom0 import Dom0Call
 from sluice.adminvm.endpoint import Endpoint
 from sluice.adminvm.link import Request
@@ -33,6 +32,17 @@ from sluice.wire.names import escape
 
 DISPOSABLE = "@dispvm:"
 DOM0_PATIENCE = 5.0  # seconds for the data channel of a call that dom0 answers (15)
+
+
+def refuse(endpoint: Endpoint, request: Request) -> None:
+    """Refuse a request, unless it was connected: by us, or by a local client just now.
+
+    A SERVICE_CONNECT that a local client has written already counts (6.3), so what local clients
+    wrote is served first.
+    """
+    if endpoint.local is not None:
+        endpoint.local.drain()
+    endpoint.refuse(request)
 
 
 class CallHandler:
@@ -178,6 +188,8 @@ class CallHandler:
             finally:
                 session.close()
         finally:
+            # The source need not wait for the end of a disposable that it never got.
+            refuse(endpoint, request)
             await asyncio.shield(self._kill(name))
 
     async def _execute(self, name: str, text: bytes) -> PeerSession:

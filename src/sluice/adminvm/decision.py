@@ -7,7 +7,7 @@ little: ``qrexec-client`` uses the commands.
 
 from __future__ import annotations
 
-from sluice.errors import LocalError, RemoteError
+from sluice.errors import LocalError, RemoteError, SluiceError
 from sluice.wire.messages import MAX_COMMAND
 from sluice.wire.names import DOM0_NAMES
 
@@ -15,6 +15,13 @@ MAX_REPLY = 4095
 
 _NEEDED = ("user", "target", "requested_target", "autostart")
 _KNOWN = ("result", *_NEEDED, "target_uuid", "service", "policy_source")
+
+
+class Refused(SluiceError):
+    """The call is refused; the text is the cause for log and audit, never for the source."""
+
+    exit_code = 126
+    public = "Request refused"
 
 
 class Decision:

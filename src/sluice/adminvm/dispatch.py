@@ -18,10 +18,10 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Protocol
 
 from sluice.adminvm.audit import AuditLog, CallRecord
-from sluice.adminvm.calls import CallNumbers, Ends, Refused
+from sluice.adminvm.calls import CallNumbers, Ends
 from sluice.adminvm.channels import Channel
 from sluice.adminvm.control import close_all
-from sluice.adminvm.decision import Decision, command_for_dom0, command_for_vm
+from sluice.adminvm.decision import Decision, Refused, command_for_dom0, command_for_vm
 from sluice.adminvm.dom0 import Dom0Call
 from sluice.adminvm.judge import Judge
 from sluice.adminvm.link import Request, Verdict

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 
 from sluice.adminvm.api import ApiServer
 from sluice.adminvm.audit import AuditLog
-from sluice.adminvm.calls import Refused
 from sluice.adminvm.channels import MAX_CALLS, Channel
+from sluice.adminvm.decision import Refused
 from sluice.adminvm.dispatch import Dispatcher, OpenCall
 from sluice.adminvm.judge import Judge, PolicyJudge
 from sluice.adminvm.link import Request
