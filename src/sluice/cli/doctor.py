@@ -18,15 +18,25 @@ LEVELS = {
 
 
 @click.command()
+@click.option(
+    "--can",
+    type=click.Choice(["bubblewrap", "process", "own-ids", "limits"]),
+    help="Print nothing but why not; end with 0 if the machine can do that, else with 1.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @root_option
 @tell_errors
-def command(as_json: bool, root: str | None) -> None:
+def command(can: str | None, as_json: bool, root: str | None) -> None:
     """Say what this machine can do. Ends with 1 where no sandbox can start."""
     from sluice.domains.sandbox import probe
 
     findings = probe.examine(places(root).state)
     level = probe.level(findings)
+    if can is not None:
+        obstacles = probe.obstacles(findings, can)
+        for finding in obstacles:
+            click.echo(f"{finding.what}: {finding.found}; {finding.follows}", err=True)
+        sys.exit(1 if obstacles else 0)
     if as_json:
         document = {
             "level": level,

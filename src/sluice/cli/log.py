@@ -21,22 +21,39 @@ POLL = 0.2  # seconds between two looks at the file
 @click.command()
 @click.option("--follow", "-f", is_flag=True, help="Go on with new calls as they end.")
 @click.option("--lines", "-n", default=20, show_default=True, help="How many of the last to show.")
+@click.option("--domain", help="Only calls from or to this domain.")
+@click.option("--refused", is_flag=True, help="Only calls that were refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as they are stored.")
 @root_option
 @tell_errors
-def command(follow: bool, lines: int, as_json: bool, root: str | None) -> None:
+def command(
+    follow: bool, lines: int, domain: str | None, refused: bool, as_json: bool, root: str | None
+) -> None:
     """Show what calls there were, whether they were allowed, and why not."""
     path = places(root).audit_file
     position = 0
     if path.exists():
         with open(path, errors="replace") as file:
-            last = deque(file, maxlen=max(lines, 0))
+            last = deque((line for line in file if wanted(line, domain, refused)), max(lines, 0))
             position = file.tell()
         for line in last:
             click.echo(line.rstrip("\n") if as_json else render(line))
     if follow:
         for line in new_lines(path, position):
-            click.echo(line.rstrip("\n") if as_json else render(line))
+            if wanted(line, domain, refused):
+                click.echo(line.rstrip("\n") if as_json else render(line))
+
+
+def wanted(line: str, domain: str | None, refused: bool) -> bool:
+    """Tell whether a record is one of those that were asked for."""
+    if domain is None and not refused:
+        return True
+    try:
+        record = json.loads(line)
+        ends = (record["source"], record["target"], record["requested_target"])
+        return (domain is None or domain in ends) and (not refused or record["decision"] != "allow")
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def new_lines(path: Path, position: int) -> Iterator[str]:

@@ -132,6 +132,9 @@ class Paths:
             self.log,
             self.daemon_dir,
             self.domains,
+            self.policy_directories[0],
+            self.rpc[0],
+            self.rpc_config[0],
         ):
             make_private(directory)
 

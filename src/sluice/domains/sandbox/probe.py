@@ -61,6 +61,18 @@ def level(findings: list[Finding]) -> int:
     return 3 if os.geteuid() == 0 else 2
 
 
+def obstacles(findings: list[Finding], what: str) -> list[Finding]:
+    """Return what stands in the way of ``bubblewrap``, ``process``, ``own-ids`` or ``limits``."""
+    needed = {
+        "bubblewrap": ("interpreter", "bubblewrap", "namespaces", "user ids", "system-call filter"),
+        "process": ("interpreter",),
+        "own-ids": ("user ids",),
+        "limits": tuple(f"limit of {name}" for name in limits.CONTROLLERS),
+    }[what]
+    states = (BAD,) if what in ("bubblewrap", "process") else (BAD, WEAK)
+    return [finding for finding in findings if finding.what in needed and finding.state in states]
+
+
 def _kernel() -> Finding:
     return Finding("kernel", GOOD, platform.release())
 
