@@ -9,7 +9,6 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-
 from tests.support.agent import (
     CONNECT,
     DEADLINE,

@@ -8,7 +8,6 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-
 from tests.support.agent import (
     DEADLINE,
     EXEC,

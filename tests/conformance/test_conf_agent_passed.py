@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-
 from tests.support.agent import (
     BIN,
     CONNECT,

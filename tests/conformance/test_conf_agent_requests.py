@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-
 from tests.support.agent import (
     CONNECT,
     EXEC,
@@ -221,7 +220,8 @@ class Session:
         place.service(
             "qubes.WaitForSession",
             "#!/bin/sh\n"
-            f'echo "$#:$(cat):$QREXEC_REMOTE_DOMAIN:${{QREXEC_SERVICE_FULL_NAME-none}}" >>{self.log}\n'
+            'echo "$#:$(cat):$QREXEC_REMOTE_DOMAIN:${QREXEC_SERVICE_FULL_NAME-none}"'
+            f" >>{self.log}\n"
             f"read x <{self.fifo}\n{ending}\n",
         )
         place.service("test.S", "#!/bin/sh\necho started\n")

@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-
 from tests.support.agent import (
     DEADLINE,
     EXIT,
@@ -273,9 +272,7 @@ def test_the_exit_status_is_the_remote_code(place: Place, remote: int, status: i
     ("remote", "local", "status"),
     [(0, "exit 5", 5), (9, "exit 5", 9), (0, "exit 0", 0), (0, "kill -9 $$", 137)],
 )
-def test_the_exit_status_with_a_program(
-    place: Place, remote: int, local: str, status: int
-) -> None:
+def test_the_exit_status_with_a_program(place: Place, remote: int, local: str, status: int) -> None:
     caller = Caller(place, "vm", "s", "/bin/sh", "-c", local)
     caller.allow()
     caller.finish(remote)

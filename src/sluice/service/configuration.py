@@ -74,6 +74,8 @@ def parse_configuration(data: bytes, file: str, warn: Warn | None = None) -> Ser
     lines = data.split(b"\n")
     for number, raw in enumerate(lines, 1):
         line = raw[:-1] if raw.endswith(b"\r") else raw
+        if b"\0" in line:
+            raise ConfigError("a NUL byte", file=file, line=number)
         if not line or line.startswith(b"#"):
             continue
         key, value = _parse_line(line, file, number)
@@ -103,8 +105,6 @@ def _parse_line(line: bytes, file: str, number: int) -> tuple[str, Value]:
     def bad(message: str, key: str | None = None, suggestion: str | None = None) -> ConfigError:
         return ConfigError(message, file=file, line=number, key=key, suggestion=suggestion)
 
-    if b"\0" in line:
-        raise bad("a NUL byte")
     if line[:1] in (b" ", b"\t"):
         raise bad("the line begins with a blank", None, "empty lines must be really empty")
     if line[:1] == b"[":
