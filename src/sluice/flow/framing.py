@@ -4,7 +4,7 @@ A payload may be handed on before all of it has arrived, so a ``Framer`` never h
 read in one go, and it knows at any moment how many bytes of the payload under way are still in the
 channel: those may be moved by the kernel instead (``skip``). Because bytes that were read ahead
 cannot be spliced any more, it reads ahead only while messages are small: then one read brings many
-of them. While they are large it asks for exactly a header.
+of them. While they are large it asks for what is left of one and exactly the next header.
 
 Sans-I/O: give it bytes, take pieces. docs/spec/wire-protocol.md 3.1, 10.3.
 """
@@ -54,8 +54,9 @@ class Framer:
             # Less than a header, always: next() has given away everything else.
             self._buffer[:have] = self._buffer[self._start : self._end]
         self._start, self._end = 0, have
-        if self._exact and self.left == 0:
-            return self._view[have:8]
+        if self._exact:
+            # What is left of a large payload, and the header behind it.
+            return self._view[have : self.left + 8]
         return self._view[have:]
 
     def filled(self, count: int) -> None:
