@@ -77,6 +77,7 @@ class Vm:
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": str(self.directory),
+            "XDG_STATE_HOME": f"{self.directory}/xdg",
             "SLUICE_PROXY_CONFIG": str(self.config),
             **more,
         }

@@ -69,12 +69,13 @@ def state_directory(configured: str, env: Mapping[str, str] | None = None) -> st
     env = os.environ if env is None else env
     if configured:
         return configured
+    if env.get("XDG_STATE_HOME"):
+        return env["XDG_STATE_HOME"] + "/sluice/proxy"
     if os.path.isdir("/rw/config") and os.access("/rw/config", os.W_OK):
         return "/rw/config/sluice/state"
     if os.geteuid() == 0:
         return "/var/lib/sluice/proxy"
-    base = env.get("XDG_STATE_HOME") or (env.get("HOME", "/nonexistent") + "/.local/state")
-    return base + "/sluice/proxy"
+    return env.get("HOME", "/nonexistent") + "/.local/state/sluice/proxy"
 
 
 def audit_file(configured: str, env: Mapping[str, str] | None = None) -> str | None:
@@ -85,6 +86,6 @@ def audit_file(configured: str, env: Mapping[str, str] | None = None) -> str | N
     for directory in ("/rw/log/sluice", "/var/log/sluice"):
         if os.path.isdir(directory) and os.access(directory, os.W_OK):
             return directory + "/proxy.jsonl"
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and not env.get("XDG_STATE_HOME"):
         return "/var/log/sluice/proxy.jsonl"
     return state_directory("", env) + "/proxy.jsonl"

@@ -39,15 +39,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(argv: list[str], log: Log) -> int:
-    if len(argv) != 2:
-        raise LocalError("usage: qrexec-proxy CHAIN+TARGET+SERVICE[+ARGUMENT]")
-    call = named_call(argv[1], os.environ.get("QREXEC_REMOTE_DOMAIN"), "program")
     configuration = load_configuration()
     if configuration.settings.log != "auto":
         fallback = state_directory(configuration.settings.state) + "/proxy.log"
         log = Log(configuration.settings.log, stderr=False, fallback=fallback)
     loop = Reactor()
     session = Session(loop, configuration, log)
+    source = os.environ.get("QREXEC_REMOTE_DOMAIN")
+    try:
+        if len(argv) != 2:
+            raise LocalError("usage: qrexec-proxy CHAIN+TARGET+SERVICE[+ARGUMENT]")
+        call = named_call(argv[1], source, "program")
+    except LocalError as error:
+        session.refuse_malformed(source, "program", error)
+        return TROUBLE
     codes: list[int] = []
 
     def ended(code: int) -> None:

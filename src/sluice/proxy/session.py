@@ -159,6 +159,12 @@ class Session:
             return AgentEnd(self.loop, call, log=log, timeout=self.settings.far_timeout)
         return client_end(self.loop, call, client, log)
 
+    def refuse_malformed(self, untrusted_source: str | None, form: str, error: LocalError) -> None:
+        """Log and record what is no call: nothing of its name is kept but the reason."""
+        source = untrusted_source if is_valid_source(untrusted_source or "") else ""
+        call = Call(source or "", "", "", ident=new_ident(), form=form)
+        self.refuse(call, Cause("malformed", str(error), exit_code=error.exit_code))
+
     def refuse(self, call: Call, cause: Cause) -> None:
         """Log and record a call that does not begin."""
         self.log.write(f"[{call.ident}] refused: {cause}", WARNING)

@@ -8,7 +8,7 @@ rest: back-pressure, short writes, half-close, readers that go away (flow/pump.p
 from __future__ import annotations
 
 from sluice.flow.pump import Pump
-from sluice.proxy.chain import INSPECT, OPEN
+from sluice.proxy.chain import INSPECT, OPEN, SPLICE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Stream:
     # --- driven by the flow -----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to move bytes."""
-        self._choose()
+        """Begin to move bytes, by what the chain says already: it may have closed a direction."""
+        self.settle()
         self.pump.start()
 
     def settle(self) -> None:
@@ -107,9 +107,14 @@ class Stream:
     # --- what the pump tells ----------------------------------------------------------------------
 
     def _choose(self) -> None:
-        """Let the pump inspect, or leave it to the kernel."""
-        inspecting = self._chain.mode[self.direction] == INSPECT
-        self.pump.inspect = self._inspect if inspecting else None
+        """Let the pump inspect, leave the bytes to the kernel, or see that none gets on."""
+        mode = self._chain.mode[self.direction]
+        if mode == INSPECT:
+            self.pump.inspect = self._inspect
+        elif mode == SPLICE:
+            self.pump.inspect = None
+        else:
+            self.pump.inspect = _nothing
 
     def _inspect(self, piece: memoryview) -> list[Bytes]:
         """Lead a piece through the chain and return what comes out of this direction."""
@@ -147,3 +152,8 @@ class Stream:
         if held != self._counted:
             change, self._counted = held - self._counted, held
             self._flow.memory.add(change)
+
+
+def _nothing(_piece: memoryview) -> tuple[()]:
+    """Hand on nothing of a piece."""
+    return ()
