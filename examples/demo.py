@@ -88,7 +88,7 @@ class System:
 
     def prepare(self, port: int) -> None:
         config = self.root / "config"
-        shutil.copytree(HERE / "demo", config)
+        shutil.copytree(HERE / "demo", config, symlinks=True)
         (config / "price-port").write_text(f"{port}\n")
         (config / "rpc" / "qubes.ConnectTCP").symlink_to("/dev/tcp/127.0.0.1")
         policy = config / "policy.d" / "30-demo.policy"

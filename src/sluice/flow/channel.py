@@ -174,8 +174,9 @@ class DataChannel:
 
     @property
     def lost(self) -> bool:
-        """Whether the other side closed the channel before this end was finished."""
-        return self.state.lost
+        """Whether the channel ended before this end had what it needs: a caller, the exit code."""
+        state = self.state
+        return state.lost and not (state.caller and state.remote_status is not None)
 
     def start(self) -> None:
         """Begin: handshake, then data."""
