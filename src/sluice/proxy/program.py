@@ -69,12 +69,9 @@ def _serve(argv: list[str], log: Log) -> int:
 
 def load_configuration() -> Configuration:
     """Return the configuration, from its compiled form where that is up to date."""
-    from sluice.runtime import add_site_packages
+    from sluice.proxy.compiled import load_fast
 
-    add_site_packages()
-    from sluice.proxy.configuration import load
-
-    return load()
+    return load_fast()
 
 
 def end_on_signals(loop: Reactor, flow: Flow) -> None:
