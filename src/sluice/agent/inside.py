@@ -25,6 +25,7 @@ FIRST_START = 1  # laid when the domain's tree is new
 OWNED_BY_USER = 2  # belongs to the default user, also the directories on the way
 
 INIT_VARIABLE = "SLUICE_INIT_FD"
+CONTROL_VARIABLE = "SLUICE_CONTROL_FD"
 USER_VARIABLE = "SLUICE_USER_ID"
 # Everybody may write in /run; what must be root's in it is made before anything else runs.
 DIRECTORIES = (
@@ -137,6 +138,17 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(pieces)
 
 
+def _close_all_but(kept: "set[int]") -> None:
+    """Close what the sandbox's set-up has left open: it must not be in reach of the domain."""
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        if descriptor > 2 and descriptor not in kept:
+            try:  # noqa: SIM105
+                os.close(descriptor)
+            except OSError:
+                pass  # the one that listed the directory
+
+
 def _run_rc_local() -> None:
     """Start the domain's own start-up script, if it has made it executable; do not wait."""
     try:
@@ -151,6 +163,7 @@ def main() -> int:
     os.umask(0o022)
     descriptor = int(os.environ.pop(INIT_VARIABLE, "-1"))
     user = int(os.environ.pop(USER_VARIABLE, "-1"))
+    _close_all_but({descriptor, int(os.environ.get(CONTROL_VARIABLE, "-1"))})
     for directory, mode in DIRECTORIES:
         os.mkdir(directory)
         os.chmod(directory, mode)

@@ -123,7 +123,13 @@ def lay(paths: Paths) -> list[Path]:
         "template/host/README": TEMPLATE_README,
         **{f"policy.d/{name}": text for name, text in default_policies().items()},
     }
-    for directory in ("policy.d/include", "rpc", "rpc-config", "template/host/etc/qubes-rpc"):
+    for directory in (
+        "policy.d/include",
+        "rpc",
+        "rpc-config",
+        "policy.legacy",
+        "template/host/etc/qubes-rpc",
+    ):
         (config / directory).mkdir(mode=0o755, parents=True, exist_ok=True)
     made = []
     for name, text in contents.items():

@@ -19,6 +19,7 @@ LAZY: dict[str, str] = {
     "log": "sluice.cli.log:command",
     "doctor": "sluice.cli.doctor:command",
     "proxy": "sluice.cli.proxy:command",
+    "policy": "sluice.cli.policy:command",
 }
 
 

@@ -7,7 +7,9 @@ becomes the domain's root there, gives up all capabilities but a few, and execut
 one id only there is no root to become: bubblewrap makes a user namespace in which the domain's
 user is an ordinary one and no further namespaces can be made.
 
-Before the agent begins, bubblewrap blocks; meanwhile the process gets its limits and groups.
+What process 1 is to lay in the domain comes through a pipe, and it reads that to the end before it
+does anything else. We write into it only when the process has its limits and groups, which the
+kernel takes some milliseconds for, while the interpreter starts.
 
 The parent-death signal of bwrap is bound to the thread that started it: call ``start`` in the main
 thread only. docs/spec/core-stack.md 12.4, 12.4.1.
@@ -226,21 +228,22 @@ class Bubblewrap:
         control: socket.socket,
     ) -> RunningBubblewrap:
         status, status_write = os.pipe2(os.O_CLOEXEC)
-        block, unblock = os.pipe2(os.O_CLOEXEC)
-        plan.descriptors += [status, status_write, block, unblock]
+        archive, archive_write = os.pipe2(os.O_CLOEXEC)
+        plan.descriptors += [status, status_write, archive, archive_write]
+        content = supplies(domain, self._paths)
         environment = {
             CONTROL_ENVIRONMENT: control.fileno(),
-            INIT_VARIABLE: plan.memory(supplies(domain, self._paths)),
+            INIT_VARIABLE: archive,
             USER_VARIABLE: USER_INSIDE if ids.has_root else -1,
         }
         for name, value in environment.items():
             plan.add("--setenv", name, str(value))
-        plan.add("--json-status-fd", str(status_write), "--block-fd", str(block))
+        plan.add("--json-status-fd", str(status_write))
         arguments = plan.memory(b"".join(os.fsencode(word) + b"\0" for word in plan.arguments))
         agent = [runtime.INTERPRETER, "-IS", f"{runtime.INSIDE_BIN}/sluice-domain-init"]
         inherited = [*plan.descriptors, control.fileno()]
         inherited.remove(status)
-        inherited.remove(unblock)
+        inherited.remove(archive_write)
         if spaces is not None:
             inherited += [spaces.outer, spaces.inner]
         held = DomainLimits(self._controllers, domain.name, wanted(domain))
@@ -248,14 +251,15 @@ class Bubblewrap:
             ["bwrap", "--args", str(arguments), "--", *_become_root(ids), *agent],
             descriptors=inherited,
         )
-        plan.descriptors.remove(status_write)
-        os.close(status_write)
+        for descriptor in (status_write, archive):
+            plan.descriptors.remove(descriptor)
+            os.close(descriptor)
         running = RunningBubblewrap(staged, held)
         try:
             async with asyncio.timeout(stage.TIMEOUT):
                 running.found_agent(await _child_pid(status))
-            held.apply(running.pid)
-            os.write(unblock, b"\n")
+                await asyncio.to_thread(held.apply, running.pid)
+                await stage.write_all(archive_write, content)
         except BaseException as error:
             running.kill()
             await running.wait()

@@ -194,6 +194,8 @@ class DomainLimits:
             ("memory", V1): [
                 ("memory.limit_in_bytes", limits.memory),
                 ("memory.memsw.limit_in_bytes", limits.memory),
+                # Once more: where the limit rises, the other one has to rise before it.
+                ("memory.limit_in_bytes", limits.memory),
             ],
             ("pids", V2): [("pids.max", limits.pids)],
             ("pids", V1): [("pids.max", limits.pids)],

@@ -27,6 +27,8 @@ RUN_SIZE = 16 * MIB
 SHM_SIZE = 64 * MIB
 VAR_SIZE = 64 * MIB
 TMP_SIZE = 256 * MIB
+# What the package itself brings for domains: directory below /etc -> directory of the package.
+_BROUGHT = {"qubes-rpc": "rpc", "qubes/rpc-config": "rpc-config"}
 MAX_ENTRIES = 4096  # of a directory that is put together entry by entry
 
 MAX_CONTENT = 1 << 20  # bytes of one such entry
@@ -180,12 +182,12 @@ def _show_etc(plan: Plan, source: str, name: str) -> None:
 def sources(name: str, template: Path) -> list[Path]:
     """Return the directories that give entries to /etc/``name``, but for the template's own.
 
-    These are what the system adds to the template, and what the package brings itself.
+    These are what the system adds to the template, and what the package brings itself: its
+    directories ``rpc`` and ``rpc-config``.
     """
-    brought = {"qubes-rpc": "rpc", "qubes/rpc-config": "rpc-config"}.get(name, "")
     candidates = [template / "etc" / name]
-    if brought:
-        candidates.append(Path(runtime.package_directory()) / "domain" / brought)
+    if name in _BROUGHT:
+        candidates.append(Path(runtime.package_directory()) / _BROUGHT[name])
     return [candidate for candidate in candidates if candidate.is_dir()]
 
 
@@ -202,7 +204,10 @@ def _merge(plan: Plan, name: str, sources: list[Path]) -> None:
                 found = os.lstat(path)
             except OSError:
                 continue
-            if stat.S_ISLNK(found.st_mode):
+            if path.startswith(runtime.package_directory() + "/"):
+                inside = f"{runtime.INSIDE_PACKAGE}/{_BROUGHT[name]}/{entry}"
+                plan.add("--symlink", inside, f"/etc/{name}/{entry}")
+            elif stat.S_ISLNK(found.st_mode):
                 plan.add("--symlink", os.readlink(path), f"/etc/{name}/{entry}")
             elif stat.S_ISREG(found.st_mode):
                 mode = 0o755 if found.st_mode & 0o111 else 0o644

@@ -118,7 +118,7 @@ def _bubblewrap() -> Finding:
 
 def _namespaces() -> Finding:
     """Make a whole sandbox, mounts and /proc included: a namespace alone proves nothing."""
-    command = ["bwrap", "--unshare-all", "--unshare-user", "--ro-bind", "/", "/"]
+    command = ["bwrap", "--unshare-all", "--unshare-user", "--as-pid-1", "--ro-bind", "/", "/"]
     command += ["--proc", "/proc", "--dev", "/dev", "--", "/bin/true"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -146,8 +146,14 @@ class Process:
             raise LocalError(f"{domain.name}: could not lay {failures[0]}")
         template = self._paths.template(domain.template or domain.name)
         for name in ("qubes-rpc", "qubes/rpc-config"):
+            shutil.rmtree(root / "etc" / name)
+            (root / "etc" / name).mkdir()
             for source in mounts.sources(name, template):
-                shutil.copytree(source, root / "etc" / name, symlinks=True, dirs_exist_ok=True)
+                for entry in source.iterdir():
+                    place = root / "etc" / name / entry.name
+                    if not os.path.lexists(place):
+                        # A link that a service is stays one; all else is used where it lies.
+                        place.symlink_to(entry.readlink() if entry.is_symlink() else entry)
 
     def _environment(self, domain: DomainConfig, root: Path, directory: Path) -> dict[str, str]:
         def below(names: tuple[str, ...]) -> str:

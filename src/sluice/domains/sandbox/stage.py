@@ -109,14 +109,31 @@ async def readable(descriptor: int) -> None:
     done: asyncio.Future[None] = loop.create_future()
     # asyncio knows a descriptor once only, and several may wait for the same pidfd.
     own = os.dup(descriptor)
-
-    def mark() -> None:
-        if not done.done():
-            done.set_result(None)
-
-    loop.add_reader(own, mark)
+    loop.add_reader(own, _mark, done)
     try:
         await done
     finally:
         loop.remove_reader(own)
         os.close(own)
+
+
+def _mark(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+async def write_all(descriptor: int, data: bytes) -> None:
+    """Write everything to a pipe of ours, without blocking the loop. Raises OSError."""
+    os.set_blocking(descriptor, False)
+    loop = asyncio.get_running_loop()
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            done: asyncio.Future[None] = loop.create_future()
+            loop.add_writer(descriptor, _mark, done)
+            try:
+                await done
+            finally:
+                loop.remove_writer(descriptor)

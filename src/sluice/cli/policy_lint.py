@@ -1,0 +1,98 @@
+"""``sluice policy lint``: what is wrong, or odd, with the policy of a system or with some files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import click
+
+from sluice.cli.policy_common import Place, place_options, tell_policy_errors
+from sluice.errors import PolicyError
+from sluice.policy.evaluation import Policy
+from sluice.policy.findings import Finding, Severity, from_error
+from sluice.policy.lint import lint
+from sluice.policy.lint_lines import lint_text
+from sluice.policy.loader import parse_file
+from sluice.policy.rules import Rule
+
+_SERVICE_DIRECTORIES = ("/etc/qubes-rpc", "/usr/local/etc/qubes-rpc")
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("-i", "--include-service", is_flag=True, help="FILEs are in service format.")
+@click.option("--services", metavar="DIR", multiple=True, help="Services that exist (repeatable).")
+@click.option("--strict", is_flag=True, help="Warnings make the exit status 1, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@place_options
+@tell_policy_errors
+def command(
+    files: tuple[str, ...],
+    include_service: bool,
+    services: tuple[str, ...],
+    strict: bool,
+    as_json: bool,
+    place: Place,
+) -> None:
+    """Check the whole policy, or FILEs each on its own ("-" is standard input).
+
+    Errors deny every call. Warnings: rules that are never reached, names that do not exist,
+    redirections to what cannot be, wildcards that give too much, proxies that serve sources of
+    different labels. Exit status 0 without errors, 1 with.
+    """
+    findings: list[Finding] = []
+    if files:
+        for name in files:
+            findings += _lint_file(name, include_service)
+    else:
+        findings = _lint_set(place, services)
+    if as_json:
+        click.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            click.echo(str(finding))
+            for line in finding.marked.splitlines():
+                click.echo(f"    {line}")
+    bad = [f for f in findings if strict or f.severity is Severity.ERROR]
+    sys.exit(1 if bad else 0)
+
+
+def _lint_set(place: Place, service_dirs: tuple[str, ...]) -> list[Finding]:
+    errors: list[PolicyError] = []
+    policy = place.load(errors.append)
+    info = place.info_if_known()
+    found = [from_error(error) for error in errors]
+    found += [
+        Finding(Severity.WARNING, "deprecated", text.partition(": ")[2], *_split(text))
+        for text in policy.warnings
+    ]
+    return found + lint(policy, info, _services(service_dirs))
+
+
+def _split(warning: str) -> tuple[str, int | None]:
+    file, _, line = warning.partition(": ")[0].rpartition(":")
+    return file, int(line)
+
+
+def _services(given: tuple[str, ...]) -> set[str] | None:
+    """Return the names of services in the directories, None where there is no directory."""
+    found: set[str] = set()
+    directories = [d for d in given or _SERVICE_DIRECTORIES if given or os.path.isdir(d)]
+    for directory in directories:
+        found.update(name.partition("+")[0] for name in os.listdir(directory))
+    return found if directories else None
+
+
+def _lint_file(name: str, include_service: bool) -> list[Finding]:
+    try:
+        with click.open_file(name, "rb") as stream:
+            content = stream.read()
+    except FileNotFoundError:
+        return [Finding(Severity.ERROR, "load", "File does not exist.", name, None)]
+    found = lint_text(content, name, service_format=include_service)
+    if include_service or any(finding.severity is Severity.ERROR for finding in found):
+        return found
+    rules = [item for item in parse_file(name, content, None).items if isinstance(item, Rule)]
+    return found + lint(Policy(rules))

@@ -1,0 +1,83 @@
+"""``sluice policy what-can``: everything that a domain can reach, directly and through others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from sluice.cli.policy_common import Place, check_domain, place_options, tell_policy_errors
+from sluice.policy.classes import World
+from sluice.policy.reach import Reach, Step, what_can
+
+
+@click.command()
+@click.argument("source")
+@click.option("--direct", is_flag=True, help="Only what it reaches itself.")
+@click.option("--no-ask", is_flag=True, help="Leave out what a person would have to allow.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@place_options
+@tell_policy_errors
+def command(source: str, direct: bool, no_ask: bool, as_json: bool, place: Place) -> None:
+    """List everything that SOURCE can reach.
+
+    "Through" supposes the worst: that each domain which it reaches does its will. Exit status 0
+    if there is anything, 1 if nothing.
+    """
+    info = place.info()
+    check_domain(info, source)
+    policy = place.load()
+    world = World(info, [policy])
+    steps = what_can(world, policy, source, through=not direct, ask=not no_ask)
+    if as_json:
+        click.echo(json.dumps([_to_json(step) for step in steps], indent=2))
+    else:
+        _print(source, steps)
+    sys.exit(0 if steps else 1)
+
+
+def _print(source: str, steps: list[Step]) -> None:
+    depth = 0
+    for step in steps:
+        if step.depth != depth:
+            depth = step.depth
+            click.echo("directly:" if depth == 1 else f"through {depth - 1} other(s):")
+        path = " -> ".join([source, *(way.relay or way.target for way in step.path[:-1])])
+        shown = f"  {step.domain}" + (f"  (from {path})" if depth > 1 else "")
+        click.echo(shown)
+        for line in _services(step.ways):
+            click.echo(f"      {line}")
+    if not steps:
+        click.echo("nothing")
+
+
+def _services(ways: tuple[Reach, ...]) -> list[str]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for way in ways:
+        groups.setdefault((way.verb, way.rule.place), []).append(str(way.call))
+    return [
+        f"{verb:5} {', '.join(dict.fromkeys(calls))}  ({place})"
+        for (verb, place), calls in groups.items()
+    ]
+
+
+def _to_json(step: Step) -> dict[str, Any]:
+    return {
+        "domain": step.domain,
+        "depth": step.depth,
+        "path": [
+            {"source": way.source, "call": str(way.call), "asked": way.asked, "target": way.target}
+            for way in step.path
+        ],
+        "calls": [
+            {
+                "call": str(way.call),
+                "asked": way.asked,
+                "decision": way.verb,
+                "rule": {"file": way.rule.file, "line": way.rule.line},
+            }
+            for way in step.ways
+        ],
+    }

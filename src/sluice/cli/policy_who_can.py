@@ -1,0 +1,87 @@
+"""``sluice policy who-can``: every source that can reach a service of a domain."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from sluice.cli.policy_common import Place, check_domain, place_options, tell_policy_errors
+from sluice.policy.classes import UNKNOWN, World
+from sluice.policy.reach import Reach, who_can
+
+
+@click.command()
+@click.argument("service", metavar="SERVICE[+ARG]")
+@click.argument("domain")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@place_options
+@tell_policy_errors
+def command(service: str, domain: str, as_json: bool, place: Place) -> None:
+    """List every source that can call SERVICE of DOMAIN, however it names it.
+
+    Without +ARG: with any argument. By name, redirect, default, relay, or as the choice in a
+    question. DOMAIN may be @dispvm:NAME. New disposables count as sources, and so does what is
+    not in the registry. Exit status 0 if anybody can, 1 if nobody.
+    """
+    info = place.info()
+    check_domain(info, domain)
+    policy = place.load()
+    world = World(info, [policy])
+    name, plus, argument = service.partition("+")
+    target = "dom0" if domain == "@adminvm" else domain
+    found = who_can(world, policy, name, plus + argument if plus else None, target)
+    if as_json:
+        click.echo(json.dumps([_to_json(world, way) for way in found], indent=2))
+    else:
+        _print(world, found)
+    sys.exit(0 if found else 1)
+
+
+def _print(world: World, found: list[Reach]) -> None:
+    by_source: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for way in found:
+        if way.asked.removeprefix("@dispvm:").startswith("uuid:"):
+            continue  # whoever can name it by UUID can name it by name
+        how = (way.verb, str(way.call), way.rule.place, _extra(way))
+        by_source.setdefault(way.source, {}).setdefault(how, []).append(_asked(way))
+    for source in sorted(by_source, key=lambda name: (name == UNKNOWN, name)):
+        click.echo(world.label(source))
+        for (verb, call, place, extra), asked in by_source[source].items():
+            names = ", ".join(dict.fromkeys(asked))
+            click.echo(f"  {verb:5} {call}  asking for {names}{extra}  ({place})")
+    if not by_source:
+        click.echo("nobody")
+
+
+def _asked(way: Reach) -> str:
+    return "(no target)" if way.asked == "@default" else way.asked
+
+
+def _extra(way: Reach) -> str:
+    parts = []
+    if way.rule.action.via:
+        parts.append(" through " + ", ".join(map(str, way.rule.action.via)))
+    if way.user:
+        parts.append(f" as {way.user}")
+    if way.relay:
+        parts.append(f" carried by {way.relay}")
+    return "".join(parts)
+
+
+def _to_json(world: World, way: Reach) -> dict[str, Any]:
+    return {
+        "source": way.source,
+        "known": way.source not in world.unknown,
+        "call": str(way.call),
+        "asked": way.asked,
+        "decision": way.verb,
+        "target": way.target,
+        "relay": way.relay,
+        "relay_service": way.service,
+        "user": way.user,
+        "via": [str(hop) for hop in way.rule.action.via],
+        "rule": {"file": way.rule.file, "line": way.rule.line},
+    }
