@@ -14,6 +14,7 @@ from sluice.adminvm.decision import Decision
 from sluice.domains.registry import Registry
 from sluice.errors import LocatedError, SluiceError
 from sluice.policy.files import PolicyStore
+from sluice.policy.limits import CallLimits
 from sluice.policy.resolution import Allow, Ask, Deny, Resolution
 from sluice.policy.response import direct
 from sluice.policy.rules import Request
@@ -49,6 +50,7 @@ class PolicyJudge:
         self._store = store
         self._registry = registry
         self._log = log or (lambda text: None)
+        self._limits = CallLimits()
         self._snapshot: tuple[frozenset[str], SystemInfo] | None = None
 
     def registry_changed(self) -> None:
@@ -81,6 +83,9 @@ class PolicyJudge:
                 return Ruling(_DENIED, rule, "via: proxied calls are not served here")
             direction = direct(resolution, info)
             if not isinstance(direction, Deny):
+                counted, _ = self._limits.apply(resolution)
+                if isinstance(counted, Deny):
+                    return Ruling(_DENIED, rule, f"{counted.cause}: {counted.message}")
                 decision = Decision(
                     True,
                     user=direction.user,
