@@ -39,16 +39,18 @@ def command(source: str, direct: bool, no_ask: bool, as_json: bool, place: Place
 
 
 def _print(source: str, steps: list[Step]) -> None:
-    depth = 0
+    # Domains that are reached in the same way are shown together.
+    alike: dict[tuple[int, str, tuple[str, ...]], list[str]] = {}
     for step in steps:
-        if step.depth != depth:
-            depth = step.depth
-            click.echo("directly:" if depth == 1 else f"through {depth - 1} other(s):")
         path = " -> ".join([source, *(way.relay or way.target for way in step.path[:-1])])
-        shown = f"  {step.domain}" + (f"  (from {path})" if depth > 1 else "")
-        click.echo(shown)
-        for line in _services(step.ways):
-            click.echo(f"      {line}")
+        alike.setdefault((step.depth, path, tuple(_services(step.ways))), []).append(step.domain)
+    depth = 0
+    for (number, path, lines), domains in alike.items():
+        if number != depth:
+            depth = number
+            click.echo("directly:" if depth == 1 else f"through {depth - 1} other(s):")
+        click.echo(f"  {', '.join(domains)}" + (f"  (from {path})" if depth > 1 else ""))
+        click.echo("\n".join(f"      {line}" for line in lines))
     if not steps:
         click.echo("nothing")
 

@@ -16,10 +16,11 @@ from sluice.policy.reach import Reach, who_can
 @click.command()
 @click.argument("service", metavar="SERVICE[+ARG]")
 @click.argument("domain")
+@click.option("--all", "show_all", is_flag=True, help="Name every target that can be asked for.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @place_options
 @tell_policy_errors
-def command(service: str, domain: str, as_json: bool, place: Place) -> None:
+def command(service: str, domain: str, show_all: bool, as_json: bool, place: Place) -> None:
     """List every source that can call SERVICE of DOMAIN, however it names it.
 
     Without +ARG: with any argument. By name, redirect, default, relay, or as the choice in a
@@ -36,24 +37,36 @@ def command(service: str, domain: str, as_json: bool, place: Place) -> None:
     if as_json:
         click.echo(json.dumps([_to_json(world, way) for way in found], indent=2))
     else:
-        _print(world, found)
+        _print(world, found, None if show_all else 6)
     sys.exit(0 if found else 1)
 
 
-def _print(world: World, found: list[Reach]) -> None:
+def _print(world: World, found: list[Reach], most: int | None) -> None:
     by_source: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for way in found:
         if way.asked.removeprefix("@dispvm:").startswith("uuid:"):
             continue  # whoever can name it by UUID can name it by name
         how = (way.verb, str(way.call), way.rule.place, _extra(way))
         by_source.setdefault(way.source, {}).setdefault(how, []).append(_asked(way))
+    # Sources that can do the same are shown together.
+    alike: dict[tuple[str, ...], list[str]] = {}
     for source in sorted(by_source, key=lambda name: (name == UNKNOWN, name)):
-        click.echo(world.label(source))
-        for (verb, call, place, extra), asked in by_source[source].items():
-            names = ", ".join(dict.fromkeys(asked))
-            click.echo(f"  {verb:5} {call}  asking for {names}{extra}  ({place})")
+        lines = tuple(
+            f"  {verb:5} {call}  asking for {_some(asked, most)}{extra}  ({place})"
+            for (verb, call, place, extra), asked in by_source[source].items()
+        )
+        alike.setdefault(lines, []).append(world.label(source))
+    for lines, sources in alike.items():
+        click.echo("\n".join([", ".join(sources), *lines]))
     if not by_source:
         click.echo("nobody")
+
+
+def _some(asked: list[str], most: int | None) -> str:
+    names = list(dict.fromkeys(asked))
+    if most is None or len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def _asked(way: Reach) -> str:

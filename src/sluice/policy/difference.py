@@ -116,9 +116,14 @@ def group(found: list[Change], world: World) -> list[Group]:
     for (_, old, new), members in kinds.items():
         merged.setdefault((old, new, _fold(members, world)), []).append(members)
     return [
-        Group(tuple(str(changes[0].call) for changes in lists), old, new, pairs, lists[0][0])
+        Group(tuple(str(members[0].call) for members in lists), old, new, pairs, _example(lists[0]))
         for (old, new, pairs), lists in merged.items()
     ]
+
+
+def _example(members: list[Change]) -> Change:
+    """Return the change that is the easiest to try out: by name, and not of oneself."""
+    return min(members, key=lambda c: ("uuid:" in c.target, c.source == c.target))
 
 
 def _words(change: Change) -> tuple[str, str]:

@@ -32,7 +32,7 @@ class Finding(NamedTuple):
     """``FILE:LINE`` of other rules that have to do with it."""
 
     def __str__(self) -> str:
-        """Return ``FILE:LINE: error: MESSAGE`` as section 21.2 demands; warnings name their code."""
+        """Return ``FILE:LINE: error: MESSAGE`` (section 21.2); warnings also name their code."""
         tail = "" if self.severity is Severity.ERROR else f" [{self.code}]"
         return f"{self.file}:{self.line or 0}: {self.severity.value}: {self.message}{tail}"
 

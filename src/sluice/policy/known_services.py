@@ -4,6 +4,9 @@ from __future__ import annotations
 
 CLASSES = frozenset({"AdminVM", "AppVM", "TemplateVM", "StandaloneVM", "DispVM", "RemoteVM"})
 
+KNOWN_TAGS = frozenset({"anon-vm", "anon-gateway", "whonix-updatevm", "disp-created-by-dom0"})
+"""Tags that may be absent from a system and yet are no misspelling."""
+
 # Services that ship with a Qubes-like system, by their exact names; the Admin API is added below.
 _QUBES = """
 AppMenuSync Backup ClipboardCopy ClipboardPaste ConnectTCP DetachPciDevice FeaturesRequest Filecopy

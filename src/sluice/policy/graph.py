@@ -1,0 +1,178 @@
+"""Permitted calls as a graph: who reaches whom, with which services. Drawn by ``drawing``.
+
+Nodes are domains, dom0 and new disposables; an edge carries the services by which its source
+reaches its target. Domains that a policy treats alike (swap two of them, and the graph is the same)
+can be folded into one node, without which every rule for ``@anyvm`` would draw a line between any
+two domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from sluice.policy.classes import CallClass, World
+from sluice.policy.evaluation import Policy
+from sluice.policy.reach import calls_of, reaches
+from sluice.policy.system_info import SystemInfo
+from sluice.policy.tokens import DISPVM_PREFIX
+
+PLAIN_COLOUR = "#888888"
+
+
+class Member(NamedTuple):
+    """A domain in a node: its name and its colour as ``#RRGGBB``."""
+
+    name: str
+    colour: str
+
+
+class Node(NamedTuple):
+    """One box of the drawing; several members if they were folded."""
+
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the first member, which tells nodes apart."""
+        return self.members[0].name
+
+
+class Edge(NamedTuple):
+    """Everything that one node may call of another; of itself, if it was folded."""
+
+    source: str
+    target: str
+    allowed: tuple[str, ...]
+    """Services, ``SERVICE+ARGUMENT`` where the rules tell arguments apart."""
+    asked: tuple[str, ...]
+
+
+class Graph(NamedTuple):
+    """Nodes in the order of the registry, and edges."""
+
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+
+Pairs = dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]
+
+
+def build(
+    policy: Policy,
+    info: SystemInfo,
+    *,
+    services: Collection[str] = (),
+    domains: Collection[str] = (),
+    include_ask: bool = True,
+    fold: bool = True,
+) -> Graph:
+    """Return the graph of all calls that are allowed, or asked about.
+
+    ``services`` are ``SERVICE`` or ``SERVICE+ARGUMENT``, ``domains`` names; each empty for all. An
+    edge is kept if one of its ends is among the domains.
+    """
+    world = World(info, [policy], disposables=False)
+    pairs = _pairs(world, policy, _calls(world, services), include_ask)
+    if domains:
+        pairs = {pair: labels for pair, labels in pairs.items() if set(pair) & set(domains)}
+    used = {name for pair in pairs for name in pair}
+    order = [domain.name for domain in info if domain.name in used]
+    order += sorted(used.difference(order))
+    groups = _fold(order, pairs, info) if fold else [[name] for name in order]
+    nodes = tuple(Node(tuple(Member(name, _colour(name, info)) for name in g)) for g in groups)
+    return Graph(nodes, tuple(_edges(groups, pairs)))
+
+
+def _calls(world: World, services: Collection[str]) -> list[CallClass] | None:
+    if not services:
+        return None
+    found: dict[CallClass, None] = {}
+    for text in services:
+        service, plus, argument = text.partition("+")
+        found |= dict.fromkeys(calls_of(world, service, plus + argument if plus else None))
+    return list(found)
+
+
+def _pairs(world: World, policy: Policy, calls: list[CallClass] | None, include_ask: bool) -> Pairs:
+    labels: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
+    unknown = set(world.unknown)
+    for way in reaches(world, policy, calls=calls):
+        if way.source in unknown or (way.verb == "ask" and not include_ask):
+            continue
+        sets = labels.setdefault((way.source, way.target), (set(), set()))
+        sets[way.verb == "ask"].add(_label(way.call))
+    return {
+        pair: (frozenset(_widest(allowed)), frozenset(_widest(asked)))
+        for pair, (allowed, asked) in labels.items()
+    }
+
+
+def _label(call: CallClass) -> str:
+    if call.service is None:
+        return "any other service"
+    return call.service + (" *" if call.argument is None else call.argument)
+
+
+def _widest(labels: Iterable[str]) -> set[str]:
+    """Leave out ``S+a`` where every argument of S is there, and show ``S *`` as ``S``."""
+    wide = {label[:-2] for label in labels if label.endswith(" *")}
+    narrow = {label for label in labels if not label.endswith(" *")}
+    return wide | {label for label in narrow if label.partition("+")[0] not in wide}
+
+
+def _colour(name: str, info: SystemInfo) -> str:
+    domain = info.get(name.removeprefix(DISPVM_PREFIX))
+    label = None if domain is None else domain.label
+    if label is None or len(label) != 8 or not label.startswith("0x"):
+        return PLAIN_COLOUR
+    try:
+        return f"#{int(label[2:], 16):06x}"
+    except ValueError:
+        return PLAIN_COLOUR
+
+
+def _fold(order: list[str], pairs: Pairs, info: SystemInfo) -> list[list[str]]:
+    """Put names together that can be swapped without changing the graph."""
+    out: dict[str, dict[str, object]] = {name: {} for name in order}
+    into: dict[str, dict[str, object]] = {name: {} for name in order}
+    for (source, target), labels in pairs.items():
+        out[source][target] = labels
+        into[target][source] = labels
+
+    def without(edges: dict[str, object], *names: str) -> dict[str, object]:
+        return {name: labels for name, labels in edges.items() if name not in names}
+
+    def alike(one: str, other: str) -> bool:
+        if (one[0] == "@") != (other[0] == "@") or "dom0" in (one, other):
+            return False
+        both = (one, other)
+        return (
+            len(out[one]) == len(out[other])
+            and len(into[one]) == len(into[other])
+            and without(out[one], *both) == without(out[other], *both)
+            and without(into[one], *both) == without(into[other], *both)
+            and out[one].get(other) == out[other].get(one)
+            and out[one].get(one) == out[other].get(other)
+        )
+
+    groups: list[list[str]] = []
+    for name in order:
+        for group in groups:
+            if all(alike(name, member) for member in group):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def _edges(groups: list[list[str]], pairs: Pairs) -> Iterable[Edge]:
+    first = {name: group[0] for group in groups for name in group}
+    drawn: dict[tuple[str, str], Edge] = {}
+    for (source, target), (allowed, asked) in pairs.items():
+        ends = (first[source], first[target])
+        if ends not in drawn:
+            only_asked = asked - allowed
+            drawn[ends] = Edge(*ends, tuple(sorted(allowed)), tuple(sorted(only_asked)))
+    return drawn.values()
