@@ -58,7 +58,7 @@ def send_with_fds(sock_fd: int, data: bytes, fds: Sequence[int]) -> int:
         ancillary.append(
             (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
         )
-    sock = _socket.socket(fileno=sock_fd)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, sock_fd)
     try:
         flags = _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL
         return sock.sendmsg([data], ancillary, flags)
@@ -72,7 +72,7 @@ def recv_with_fds(sock_fd: int, size: int, max_fds: int = 2) -> tuple[bytes, lis
     No bytes means end-of-file. More than ``max_fds`` descriptors: all of them are closed and none
     is returned, since no prefix of a wrong set is a right one. Never blocks (BlockingIOError).
     """
-    sock = _socket.socket(fileno=sock_fd)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, sock_fd)
     try:
         flags = _socket.MSG_DONTWAIT | _socket.MSG_CMSG_CLOEXEC
         space = _socket.CMSG_SPACE(_INT * (max_fds + 1))
