@@ -191,7 +191,7 @@ def test_anything_but_hello_is_refused(kind: int, body: bytes) -> None:
             m.decode_hello(kind, body)
 
 
-# --- putting messages together ----------------------------------------------------------------------
+# --- putting messages together --------------------------------------------------------------
 
 MESSAGES = st.lists(st.tuples(st.sampled_from(sorted(m.TYPE_NAMES)), BODY), max_size=10)
 
@@ -246,24 +246,17 @@ def test_any_fragments(messages: list[tuple[int, bytes]], cuts: list[int]) -> No
 def test_wanted_never_goes_past_a_message(messages: list[tuple[int, bytes]]) -> None:
     stream = b"".join(m.encode(kind, body) for kind, body in messages)
     reader = m.MessageReader(ANY)
-    found = []
-    while stream:
-        assert reader.wanted > 0
-        reader.feed(stream[: reader.wanted])
-        stream = stream[len(stream) - len(stream[reader.wanted :]) :] if False else stream
-        taken = reader.pending
+    found, at = [], 0
+    while at < len(stream):
+        wanted = reader.wanted
+        assert wanted > 0
+        reader.feed(stream[at : at + wanted])
+        at += wanted
         message = reader.next()
         if message is not None:
             assert reader.pending == 0
             found.append(message)
-            stream = stream[8 + len(message[1]) :]
-            continue
-        # The rest of this message.
-        reader.feed(stream[taken : taken + reader.wanted])
-        message = reader.next()
-        assert message is not None and reader.pending == 0
-        found.append(message)
-        stream = stream[8 + len(message[1]) :]
+    assert at == len(stream)
     assert found == messages
 
 
