@@ -25,6 +25,7 @@ from sluice.agent.local import LocalClient, TriggerSocket
 from sluice.agent.log import Log
 from sluice.agent.options import UsageError, parse_options
 from sluice.agent.processes import ProcessTable
+from sluice.agent.syslog import SyslogSocket
 from sluice.agent.users import choose_users
 from sluice.agent.waiting import SessionWaiter
 from sluice.errors import LocalError
@@ -97,6 +98,7 @@ class Agent:
         self._control: Control | None = None
         self._trigger: TriggerSocket | None = None
         self._calls: set[ServiceCall | ForkServerCall] = set()
+        self._syslog: SyslogSocket | None = None
         self._unreported: list[tuple[int, int]] = []
         self._announced = False
         self._poked = False
@@ -106,11 +108,21 @@ class Agent:
     def start(self) -> None:
         """Wait for a daemon, or take up the inherited channel. Raises LocalError."""
         if self.sandbox:
+            self._serve_syslog()
             self._connected(self._control_fd)
         else:
             self._server = socketdir.Server(
                 self._loop, 0, CONTROL_PORT, self._connected, None, None
             )
+
+    def _serve_syslog(self) -> None:
+        """Be the system log of a sandbox; of a sandbox only, for a machine has its own."""
+        if os.getpid() != 1:
+            return
+        try:
+            self._syslog = SyslogSocket(self._loop)
+        except OSError as error:
+            self._log(f"no system log in this domain: {error.strerror}")
 
     def _connected(self, fd: int) -> None:
         self._server = None
@@ -296,6 +308,9 @@ class Agent:
         if self._server is not None:
             self._server.close()
             self._server = None
+        if self._syslog is not None:
+            self._syslog.close()
+            self._syslog = None
         if self.sandbox:
             for pid in self._processes.live:
                 end_session(pid)

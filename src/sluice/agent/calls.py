@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 
     from sluice.agent.processes import ProcessTable
     from sluice.flow.reactor import Loop
-
-    Start = tuple[list[bytes], dict[bytes, bytes]]
+    from sluice.service.start import Start
 
     class Users(Protocol):
         """How things are run as somebody; see agent.users."""
@@ -252,10 +251,10 @@ class ServiceCall:
             )
             return
         try:
-            argv, environment = around.users.shell(
+            argv, environment, directory = around.users.shell(
                 self._plan.user, command.shell, dict(around.environment)
             )
-            started = spawn_connected(argv, environment)
+            started = spawn_connected(argv, environment, directory=directory)
         except ServiceError as error:
             self._fail(error)
             return
@@ -294,15 +293,15 @@ class ServiceCall:
         try:
             environment = dict(self._around.environment)
             if self._found is not None:
-                argv, environment = self._wrap(
+                argv, environment, directory = self._wrap(
                     service_argv(self._found, command), service_environment(command, environment)
                 )
                 stderr = self._around.sink(command).take_stderr()
             else:
-                argv, environment = self._around.users.shell(
+                argv, environment, directory = self._around.users.shell(
                     self._plan.user, command.shell, environment
                 )
-            pid = spawn(argv, environment, null, null, stderr)
+            pid = spawn(argv, environment, null, null, stderr, directory=directory)
         except ServiceError as error:
             self._fail(error)
             return

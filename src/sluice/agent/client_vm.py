@@ -219,6 +219,7 @@ class Client:
             filter_stdout=filter_stdout,
             filter_stderr=filter_stderr,
             on_open=self._joined if program is not None else None,
+            on_out_end=program.hear_signals if program is not None else None,
         )
         self._channel.start()
 

@@ -23,8 +23,7 @@ from sluice.wire.messages import FORK_REQUEST
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sluice.flow.reactor import Loop
-
-    Start = tuple[list[bytes], dict[bytes, bytes]]
+    from sluice.service.start import Start
 
 USAGE = "usage: qrexec-fork-server [SOCKET_PATH]\n"
 MAX_TEXT = 1 << 20
@@ -36,11 +35,11 @@ class CurrentUser:
 
     def program(self, _user: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> Start:
         """Return what to execute for a service: itself."""
-        return argv, environment
+        return argv, environment, None
 
     def shell(self, _user: bytes, text: bytes, environment: dict[bytes, bytes]) -> Start:
         """Return what to execute for a shell command."""
-        return [environment.get(b"SHELL") or b"/bin/sh", b"-c", text], environment
+        return [environment.get(b"SHELL") or b"/bin/sh", b"-c", text], environment, None
 
 
 class Request:

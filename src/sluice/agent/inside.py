@@ -138,6 +138,25 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(pieces)
 
 
+def hide_from_others() -> None:
+    """Forbid everybody else in the domain to look into this process or to trace it.
+
+    Where a domain has one user, what it runs has the same user id as its agent. PR_SET_DUMPABLE 0
+    makes the agent's memory and descriptors root's, as the kernel sees it.
+    """
+    import _ctypes
+
+    class Number(_ctypes._SimpleCData):  # type: ignore[type-arg]
+        _type_ = "l"
+
+    class Function(_ctypes.CFuncPtr):
+        _flags_ = _ctypes.FUNCFLAG_CDECL
+        _restype_ = Number
+
+    prctl = Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"))
+    prctl(Number(4), Number(0), Number(0), Number(0), Number(0))
+
+
 def _close_all_but(kept: "set[int]") -> None:
     """Close what the sandbox's set-up has left open: it must not be in reach of the domain."""
     for name in os.listdir("/proc/self/fd"):
@@ -163,6 +182,7 @@ def main() -> int:
     os.umask(0o022)
     descriptor = int(os.environ.pop(INIT_VARIABLE, "-1"))
     user = int(os.environ.pop(USER_VARIABLE, "-1"))
+    hide_from_others()
     _close_all_but({descriptor, int(os.environ.get(CONTROL_VARIABLE, "-1"))})
     for directory, mode in DIRECTORIES:
         os.mkdir(directory)

@@ -38,6 +38,7 @@ class LocalProgram:
             saved.append(copy)
             environment[b"SAVED_FD_%d" % fd] = b"%d" % copy
         processes = ProcessTable(loop)
+        self.hear_signals = processes.hear_signals
         # It may switch to a single socket as soon as it runs; whoever sends the signal means us.
         processes.on_signal(_signal.SIGUSR1, self._switch)
         mine_in, theirs_in = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)

@@ -43,7 +43,9 @@ class ProcessTable:
         _signal.signal(_signal.SIGCHLD, _nothing)
         if on_terminate is not None:
             self.on_signal(_signal.SIGTERM, on_terminate)
-        loop.add_reader(self._wake_read, self._woken)
+        loop.add_reader(self._wake_read, self.hear_signals)
+        # What ended before the handler stood: process 1 may have had another life before.
+        loop.call_soon(self._reap)
         self._usr1 = -1
 
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
@@ -73,7 +75,8 @@ class ProcessTable:
         """The processes that were started and have not ended."""
         return list(self._exits)
 
-    def _woken(self) -> None:
+    def hear_signals(self) -> None:
+        """Act on the signals that have arrived, before they would come up by themselves."""
         try:
             numbers = os.read(self._wake_read, 512)
         except BlockingIOError:
@@ -82,7 +85,8 @@ class ProcessTable:
             if number in numbers:
                 callback()
         if _signal.SIGCHLD in numbers:
-            self._reap()
+            # Not from within whatever the caller is doing.
+            self._loop.call_soon(self._reap)
 
     def _reap(self) -> None:
         while True:
@@ -132,13 +136,13 @@ class ProcessTable:
         for pid in (session, sender):
             if pid in self._switches:
                 return self._switches.pop(pid)
-        for pid in (session, sender):
-            for ancestor in parents(pid):
-                if ancestor in self._switches:
-                    return self._switches.pop(ancestor)
+        chain = parents(sender)
+        for ancestor in (*chain, *parents(session)):
+            if ancestor in self._switches:
+                return self._switches.pop(ancestor)
         # Gone before anybody could look (a kill program ends at once): with a single candidate
         # there is no doubt all the same.
-        if not session and len(self._switches) == 1:
+        if not chain and len(self._switches) == 1:
             return self._switches.popitem()[1]
         return None
 

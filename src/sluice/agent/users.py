@@ -3,9 +3,11 @@
 Theory. There are three situations. An agent that is an ordinary user, or the only user of its
 domain, can run things as itself and nobody else: another user is refused and the log says why. An
 agent that is root in its domain starts a launcher in front of the service (``setpriv`` changes the
-user in a millisecond; changing it in a child of ours would need a fork, which is dear), and a
-login shell behind that which sets the scene and then executes the program. An agent that is root
-on a machine with PAM starts our PAM helper instead, which opens a session around the service.
+user in a millisecond; changing it in a child of ours would need a fork, which is dear). On a whole
+machine a login shell stands behind it, which reads the profile, sets the scene and then executes
+the program; in a sandbox that would be most of the cost of a call, so we set the scene ourselves.
+An agent that is root on a machine with PAM starts our PAM helper instead, which opens a session
+around the service.
 
 Whatever a request carries is handed over as positional arguments, never as text that a shell
 reads as script. docs/spec/wire-protocol.md 9.3.1.
@@ -21,7 +23,7 @@ from sluice.wire.names import escape
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    Start = tuple[list[bytes], dict[bytes, bytes]]
+    from sluice.service.start import Start
 
 PAM_SERVICE = "/etc/pam.d/qrexec"
 SETPRIV = (b"/usr/bin/setpriv", b"/bin/setpriv")
@@ -36,7 +38,6 @@ LOGIN_SCRIPT = (
     b' QREXEC_AGENT_PID; n=$1; shift; while [ "$n" -gt 0 ]; do export "$1"; shift; n=$((n-1));'
     b' done; unset n; cd "$HOME" 2>/dev/null; exec "$@"'
 )
-SHELL_SCRIPT = b'cd "$HOME" 2>/dev/null; exec "$@"'
 
 
 class Account:
@@ -70,9 +71,10 @@ class Account:
 class OwnUser:
     """Everything runs as we do; a call for anybody else is refused."""
 
-    def __init__(self, name: bytes) -> None:
-        """Take our own login name."""
+    def __init__(self, name: bytes, home: bytes | None = None) -> None:
+        """Take our own login name, and where things run if not where we are."""
         self.name = name
+        self._home = home
 
     def _check(self, user: bytes) -> None:
         if user != self.name:
@@ -84,20 +86,21 @@ class OwnUser:
     def program(self, user: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a service directly. Raises ServiceError."""
         self._check(user)
-        return argv, environment
+        return argv, environment, self._home
 
     def shell(self, user: bytes, text: bytes, environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a shell command. Raises ServiceError."""
         self._check(user)
-        return [b"/bin/sh", b"-c", text], environment
+        return [b"/bin/sh", b"-c", text], environment, self._home
 
 
 class SwitchUser:
     """We are root and run each thing as the user it names, by ``setpriv``."""
 
-    def __init__(self, launcher: bytes) -> None:
-        """Take the path of setpriv."""
+    def __init__(self, launcher: bytes, *, login: bool) -> None:
+        """Take the path of setpriv, and whether services get a login shell around them."""
         self._launcher = launcher
+        self._login = login
 
     def _become(self, account: Account) -> list[bytes]:
         groups = b",".join(b"%d" % group for group in account.groups)
@@ -114,13 +117,15 @@ class SwitchUser:
         account = Account(user)
         ours = {name: value for name, value in environment.items() if name.startswith(b"QREXEC")}
         final = login_environment(environment, account)
-        return self._become(account) + login_wrapper(ours, argv), final
+        words = login_wrapper(ours, argv) if self._login else argv
+        return self._become(account) + words, final, account.home
 
     def shell(self, user: bytes, text: bytes, environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a command in the login shell of ``user``."""
         account = Account(user)
-        wrapper = [b"/bin/sh", b"-c", SHELL_SCRIPT, b"sh", account.shell, b"-l", b"-c", text]
-        return self._become(account) + wrapper, login_environment(environment, account)
+        words = [account.shell, b"-l", b"-c", text]
+        final = login_environment(environment, account)
+        return self._become(account) + words, final, account.home
 
 
 class PamUser:
@@ -134,12 +139,12 @@ class PamUser:
         """Return (argv, environment) that run a service in a session of ``user``."""
         Account(user)
         ours = {name: value for name, value in environment.items() if name.startswith(b"QREXEC")}
-        return [self._helper, user, b"program", *login_wrapper(ours, argv)], environment
+        return [self._helper, user, b"program", *login_wrapper(ours, argv)], environment, None
 
     def shell(self, user: bytes, text: bytes, environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a command in the login shell of ``user``."""
         Account(user)
-        return [self._helper, user, b"shell", text], environment
+        return [self._helper, user, b"shell", text], environment, None
 
 
 def login_wrapper(variables: dict[bytes, bytes], argv: list[bytes]) -> list[bytes]:
@@ -170,16 +175,17 @@ def choose_users(*, sandbox: bool, helper: bytes) -> OwnUser | SwitchUser | PamU
 
     ``sandbox`` excludes PAM; ``helper`` is the path of the PAM helper.
     """
+    home = os.environb.get(b"HOME") if sandbox else None
     # A domain without isolation has one user, ourselves, even where we are root.
     if os.geteuid() != 0 or b"SLUICE_PROCESS_DOMAIN" in os.environb:
-        return OwnUser(own_name())
+        return OwnUser(own_name(), home)
     if not sandbox and os.path.exists(PAM_SERVICE):
         return PamUser(helper)
     if can_switch():
         for launcher in SETPRIV:
             if os.access(launcher, os.X_OK):
-                return SwitchUser(launcher)
-    return OwnUser(own_name())
+                return SwitchUser(launcher, login=not sandbox)
+    return OwnUser(own_name(), home)
 
 
 def can_switch() -> bool:

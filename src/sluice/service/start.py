@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from sluice.flow.reactor import Loop
 
     Environment = Mapping[bytes, bytes]
-    # Takes argv and environment, returns those to execute instead. Raises ServiceError.
-    Wrap = Callable[[list[bytes], dict[bytes, bytes]], tuple[list[bytes], dict[bytes, bytes]]]
+    # What to execute: argv, environment, and the working directory (None: ours).
+    Start = tuple[list[bytes], dict[bytes, bytes], bytes | None]
+    # Takes argv and environment, returns what to execute instead. Raises ServiceError.
+    Wrap = Callable[[list[bytes], dict[bytes, bytes]], Start]
 
 KEPT_VARIABLES = (b"QREXEC_SERVICE_PATH", b"QREXEC_AGENT_PID")
 # SIGPIPE, SIGCHLD and SIGXFSZ: what a Python process ignores or handles (numbers of Linux; the
@@ -102,17 +104,20 @@ def spawn(
     *,
     path: bytes | None = None,
     session: bool = True,
+    directory: bytes | None = None,
 ) -> int:
     """Start a program, in a session of its own unless told otherwise; returns its process id.
 
-    ``path`` is the file where that is not ``argv[0]``. The three descriptors become its 0, 1 and
-    2; all others must be close-on-exec. Raises ServiceError: 127 where the program or its
-    interpreter does not exist, else 125 (9.3.1).
+    ``path`` is the file where that is not ``argv[0]``; ``directory`` the working directory, if it
+    can be entered (we go there and back: there is no other way but a fork). The three descriptors
+    become its 0, 1 and 2; all others must be close-on-exec. Raises ServiceError: 127 where the
+    program or its interpreter does not exist, else 125 (9.3.1).
     """
     program = argv[0] if path is None else path
     moves = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)]
     if stderr != 2:
         moves.append((os.POSIX_SPAWN_DUP2, stderr, 2))
+    back = _enter(directory)
     try:
         return os.posix_spawn(
             program,
@@ -127,10 +132,34 @@ def spawn(
         code = EXIT_NOT_FOUND if error.errno == errno.ENOENT else EXIT_FAILURE
         message = f"cannot execute {escape(program)}: {error.strerror}"
         raise ServiceError(message, code) from error
+    finally:
+        if back >= 0:
+            os.fchdir(back)
+            os.close(back)
+
+
+def _enter(directory: bytes | None) -> int:
+    """Change to a directory; return a descriptor of the one before, or -1 where nothing changed."""
+    if directory is None:
+        return -1
+    try:
+        back = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        os.chdir(directory)
+    except OSError:
+        os.close(back)
+        return -1
+    return back
 
 
 def spawn_connected(
-    argv: list[bytes], environment: Environment, *, stderr: str = "pipe"
+    argv: list[bytes],
+    environment: Environment,
+    *,
+    stderr: str = "pipe",
+    directory: bytes | None = None,
 ) -> Started:
     """Start a program on two socket pairs and, with ``stderr="pipe"``, a pipe (9.3.1).
 
@@ -148,7 +177,8 @@ def spawn_connected(
             reading, writing = os.pipe()
             mine.append(reading)
             theirs.append(writing)
-        pid = spawn(argv, environment, theirs[0], theirs[1], theirs[2] if theirs[2:] else 2)
+        third = theirs[2] if theirs[2:] else 2
+        pid = spawn(argv, environment, theirs[0], theirs[1], third, directory=directory)
     except BaseException as error:
         for descriptor in mine:
             os.close(descriptor)
@@ -170,10 +200,10 @@ def start_shell(
     wrap: Wrap | None = None,
 ) -> Started:
     """Start a shell command: ``/bin/sh -c`` in a domain, ``/bin/bash -c`` in dom0 (9.3.1)."""
-    argv, final = [shell, b"-c", command.shell], dict(environment)
+    argv, final, directory = [shell, b"-c", command.shell], dict(environment), None
     if wrap is not None:
-        argv, final = wrap(argv, final)
-    return spawn_connected(argv, final, stderr=stderr)
+        argv, final, directory = wrap(argv, final)
+    return spawn_connected(argv, final, stderr=stderr, directory=directory)
 
 
 def start_service(
@@ -215,9 +245,10 @@ def start_program(
     """Start an executable service. Raises ServiceError with the exit status of the call."""
     argv = service_argv(found, command)
     final = service_environment(command, environment)
+    directory = None
     if wrap is not None:
-        argv, final = wrap(argv, final)
-    return spawn_connected(argv, final, stderr=stderr)
+        argv, final, directory = wrap(argv, final)
+    return spawn_connected(argv, final, stderr=stderr, directory=directory)
 
 
 def launch(
