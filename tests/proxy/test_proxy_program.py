@@ -13,6 +13,34 @@ import pytest
 from tests.support.proxy import Vm, alive, eventually, vm
 
 
+@pytest.fixture(scope="module")
+def idle() -> Iterator[tuple[int, int, float]]:
+    """A call that idles while the other tests run: its process, its wake-ups so far, when."""
+    with vm() as made:
+        made.service("idle", "#!/bin/sh\necho up\nexec sleep 600\n")
+        made.chain("look", "{ use = 'byte-limit', src2dst = '1M', dst2src = '1M' }")
+        process = made.start("look+vault+idle")
+        assert process.stdout.read(3) == b"up\n"
+        eventually(lambda: state(process.pid)[0] == "S")
+        time.sleep(0.1)
+        yield process.pid, state(process.pid)[1], time.monotonic()
+        process.kill()
+        process.wait()
+
+
+def state(pid: int) -> tuple[str, int]:
+    """Return the state of a process and how often it was woken."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    switches = int(fields["voluntary_ctxt_switches"]) + int(fields["nonvoluntary_ctxt_switches"])
+    return fields["State"][0], switches
+
+
+@pytest.fixture(autouse=True)
+def _idle_from_the_beginning(idle: tuple[int, int, float]) -> None:
+    """Start the idle call with the first test of the file."""
+
+
 @pytest.fixture
 def qube() -> Iterator[Vm]:
     with vm() as made:
@@ -339,3 +367,37 @@ def test_stdin_and_stdout_may_be_one_kind_or_another(qube: Vm) -> None:
     assert (qube.directory / "out").read_bytes() == b"z" * 500_000
     process = qube.start("pass+vault+mirror", stdin=subprocess.DEVNULL)
     assert process.stdout.read() == b"" and process.wait(10) == 0
+
+
+@pytest.mark.spec("PROXY-021")
+def test_a_slow_reader_makes_the_writer_wait_and_the_proxy_stays_small(qube: Vm) -> None:
+    qube.chain("look", "{ use = 'byte-limit', src2dst = '1G' }")
+    qube.service(
+        "slow", f"#!/bin/sh\nuntil [ -e {qube.directory}/go ]; do sleep 0.05; done\nwc -c\n"
+    )
+    process = qube.start("look+vault+slow")
+    os.set_blocking(process.stdin.fileno(), False)
+    sent, block = 0, b"x" * 65536
+    quiet = time.monotonic() + 0.5
+    while time.monotonic() < quiet:
+        try:
+            sent += os.write(process.stdin.fileno(), block)
+            quiet = time.monotonic() + 0.5
+        except BlockingIOError:
+            time.sleep(0.01)
+    assert 65536 <= sent < 2 << 20
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0])
+    assert peak < 32 << 10
+    (qube.directory / "go").touch()
+    process.stdin.close()
+    assert int(process.stdout.read()) == sent
+    assert process.wait(5) == 0
+
+
+@pytest.mark.spec("PROXY-022")
+def test_an_idle_call_does_not_wake_up(idle: tuple[int, int, float]) -> None:
+    """Ten seconds in all; the other tests of this file take most of them."""
+    pid, wakeups, since = idle
+    time.sleep(max(10.2 - (time.monotonic() - since), 0))
+    assert state(pid) == ("S", wakeups)
