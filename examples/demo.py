@@ -209,10 +209,10 @@ def step_timeout(screen: Screen, system: System) -> None:
 
 
 def wait_for_log(system: System, word: str) -> str:
-    """Return the last line of the log that has ``word``; the log may lag behind the call."""
+    """Return the last line that the domain ``proxy`` logged with ``word``; it may lag behind."""
     for _ in range(20):
         done = system.sluice("log", "--domain", "proxy")
-        lines = [line for line in done.stdout.splitlines() if word in line]
+        lines = [li for li in done.stdout.splitlines() if word in li and "  proxy: " in li]
         if lines:
             return lines[-1]
         time.sleep(0.1)

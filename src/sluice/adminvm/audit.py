@@ -64,7 +64,7 @@ class CallRecord:
         """Return the line's fields; everything in it is printable ASCII and bounded."""
         service, plus, argument = self.service.partition("+")
         line: dict[str, Any] = {
-            "time": _timestamp(self.wall),
+            "time": timestamp(self.wall),
             "id": self.number,
             "source": escape(self.source, 64),
             "target": escape(self.target or self.requested_target, 128),
@@ -84,7 +84,8 @@ class CallRecord:
         return line
 
 
-def _timestamp(wall: float) -> str:
+def timestamp(wall: float) -> str:
+    """Write a time in seconds since 1970 as UTC with milliseconds, as logs have it."""
     text = datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
 

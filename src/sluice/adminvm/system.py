@@ -12,6 +12,7 @@ docs/spec/core-stack.md 2, 12.4.1; docs/spec/wire-protocol.md 20.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ import time
 from collections.abc import Mapping
 
 from sluice.adminvm.api import ApiServer
-from sluice.adminvm.audit import AuditLog
+from sluice.adminvm.audit import AuditLog, timestamp
 from sluice.adminvm.channels import MAX_CALLS, Channel
 from sluice.adminvm.decision import Refused
 from sluice.adminvm.dispatch import Dispatcher, OpenCall
@@ -28,6 +29,7 @@ from sluice.adminvm.judge import Judge, PolicyJudge
 from sluice.adminvm.link import Request
 from sluice.adminvm.local import LocalSession
 from sluice.adminvm.memory import Completed, run_to_end
+from sluice.adminvm.rotated import RotatedFile
 from sluice.adminvm.run import GRACE, DomainRun
 from sluice.adminvm.session import LocalRequest
 from sluice.adminvm.supervisor import Supervisor
@@ -75,6 +77,7 @@ class AdminVM:
         self._tasks = Supervisor(self.log)
         self._api: ApiServer | None = None
         self._audit: AuditLog | None = None
+        self._domain_lines: RotatedFile | None = None
         self.dispatcher: Dispatcher
 
     # --- start and end --------------------------------------------------------------------
@@ -90,6 +93,9 @@ class AdminVM:
         raise_descriptor_limit(self.log)
         self.paths.create()
         self._audit = AuditLog(self.paths.audit_file, on_trouble=self.log)
+        self._domain_lines = RotatedFile(
+            self.paths.domain_log_file, 8 << 20, 2, on_trouble=self.log
+        )
         self.dispatcher = Dispatcher(
             loop,
             domains=self,
@@ -145,11 +151,21 @@ class AdminVM:
             self.log("some domains did not end in time")
         if self._audit is not None:
             self._audit.close()
+        if self._domain_lines is not None:
+            self._domain_lines.close()
+            self._domain_lines = None
 
     def log(self, text: str) -> None:
         """Write a line for the operator."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{stamp} adminvm: {text}", file=sys.stderr, flush=True)
+
+    def log_of(self, name: str, line: str) -> None:
+        """Write a line that a domain caused, escaped already; ``sluice log`` shows it too."""
+        self.log(f"{name}: {line}")
+        if self._domain_lines is not None:
+            record = {"time": timestamp(time.time()), "domain": name, "line": line}
+            self._domain_lines.append(json.dumps(record).encode() + b"\n")
 
     # --- domains --------------------------------------------------------------------------
 
@@ -206,7 +222,7 @@ class AdminVM:
             self.sandboxes[domain.kind],
             self,
             daemon_directory=str(self.paths.daemon_dir),
-            log=lambda line: self.log(f"{domain.name}: {line}"),
+            log=lambda line: self.log_of(domain.name, line),
             limit=self._max_calls,
         )
         started: asyncio.Future[DomainRun] = loop.create_future()

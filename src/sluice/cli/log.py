@@ -1,4 +1,4 @@
-"""``sluice log``: the audit log, one line a call."""
+"""``sluice log``: the calls, one line each, and what domains logged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,42 @@ POLL = 0.2  # seconds between two looks at the file
 
 
 @click.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on with new calls as they end.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what comes.")
 @click.option("--lines", "-n", default=20, show_default=True, help="How many of the last to show.")
-@click.option("--domain", help="Only calls from or to this domain.")
+@click.option("--domain", help="Only calls from or to this domain, and what it logged.")
 @click.option("--refused", is_flag=True, help="Only calls that were refused.")
-@click.option("--json", "as_json", is_flag=True, help="Print the records as they are stored.")
+@click.option("--calls", is_flag=True, help="Only calls, not what domains logged.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records of calls as stored.")
 @root_option
 @tell_errors
 def command(
-    follow: bool, lines: int, domain: str | None, refused: bool, as_json: bool, root: str | None
+    follow: bool,
+    lines: int,
+    domain: str | None,
+    refused: bool,
+    calls: bool,
+    as_json: bool,
+    root: str | None,
 ) -> None:
-    """Show what calls there were, whether they were allowed, and why not."""
-    path = places(root).audit_file
-    position = 0
-    if path.exists():
-        with open(path, errors="replace") as file:
-            last = deque((line for line in file if wanted(line, domain, refused)), max(lines, 0))
-            position = file.tell()
-        for line in last:
-            click.echo(line.rstrip("\n") if as_json else render(line))
-    if follow:
-        for line in new_lines(path, position):
-            if wanted(line, domain, refused):
-                click.echo(line.rstrip("\n") if as_json else render(line))
+    """Show what calls there were, whether they were allowed, why not, and what domains logged."""
+    where = places(root)
+    tails = [Tail(where.audit_file, lambda line: wanted(line, domain, refused))]
+    if not (refused or calls or as_json):
+        tails.append(Tail(where.domain_log_file, lambda line: wanted_line(line, domain)))
+    first = sorted((line for tail in tails for line in tail.poll(max(lines, 0))), key=time_of)
+    show = (lambda line: line) if as_json else render
+    for line in first[-lines:] if lines > 0 else []:
+        click.echo(show(line))
+    while follow:
+        fresh = [line for tail in tails for line in tail.poll()]
+        for line in fresh:
+            click.echo(show(line))
+        if not fresh:
+            time.sleep(POLL)
 
 
 def wanted(line: str, domain: str | None, refused: bool) -> bool:
-    """Tell whether a record is one of those that were asked for."""
+    """Tell whether the record of a call is one of those that were asked for."""
     if domain is None and not refused:
         return True
     try:
@@ -56,32 +65,60 @@ def wanted(line: str, domain: str | None, refused: bool) -> bool:
         return False
 
 
-def new_lines(path: Path, position: int) -> Iterator[str]:
-    """Yield lines as they are appended, over rotations, for ever."""
-    inode = path.stat().st_ino if path.exists() else -1
-    held = ""
-    while True:
+def wanted_line(line: str, domain: str | None) -> bool:
+    """Tell whether a line that a domain logged is one of those that were asked for."""
+    try:
+        return domain is None or json.loads(line)["domain"] == domain
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def time_of(line: str) -> str:
+    """Return the time of a record, by which records of both kinds are ordered."""
+    try:
+        return str(json.loads(line)["time"])
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+class Tail:
+    """A growing file, read from where the last look ended, over rotations."""
+
+    def __init__(self, path: Path, keep: Callable[[str], bool]) -> None:
+        """Take the file, which need not exist yet, and which of its lines are kept."""
+        self._path = path
+        self._keep = keep
+        self._inode = -1
+        self._position = 0
+        self._held = ""
+
+    def poll(self, most: int | None = None) -> list[str]:
+        """Return the whole lines that came since the last look, the last ``most`` of them."""
         try:
-            found = os.stat(path)
+            with open(self._path, errors="replace") as file:
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._inode or found.st_size < self._position:
+                    self._inode, self._position, self._held = found.st_ino, 0, ""
+                file.seek(self._position)
+                last: deque[str] = deque(maxlen=most)
+                for piece in file:
+                    line, self._held = self._held + piece, ""
+                    if not line.endswith("\n"):
+                        self._held = line
+                    elif self._keep(line):
+                        last.append(line[:-1])
+                self._position = file.tell()
+                return list(last)
         except FileNotFoundError:
-            time.sleep(POLL)
-            continue
-        if found.st_ino != inode or found.st_size < position:
-            inode, position, held = found.st_ino, 0, ""
-        with open(path, errors="replace") as file:
-            file.seek(position)
-            text = held + file.read()
-            position = file.tell()
-        *whole, held = text.split("\n")
-        yield from whole
-        if not whole:
-            time.sleep(POLL)
+            return []
 
 
 def render(line: str) -> str:
     """Make one record readable; what cannot be read is shown escaped."""
     try:
         record = json.loads(line)
+        if "line" in record:
+            return escape(f"{record['time']}  {record['domain']}: {record['line']}", 1000)
         return _render(record)
     except (ValueError, TypeError, KeyError, AttributeError):
         return escape(line.rstrip("\n"), 400)

@@ -92,6 +92,11 @@ class Paths:
         """The audit log: one JSON line a call."""
         return self.log / "audit.jsonl"
 
+    @property
+    def domain_log_file(self) -> Path:
+        """What the domains themselves log: one JSON line a line of theirs, escaped."""
+        return self.log / "domains.jsonl"
+
     # --- run time, gone after the end
     @property
     def control_socket(self) -> Path:

@@ -84,7 +84,9 @@ def build(
     """
     _usr(plan, usr)
     _etc(plan, domain, has_root, template)
-    plan.add("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
+    # The agent serves the system log; /dev itself stays read-only.
+    plan.add("--proc", "/proc", "--dev", "/dev")
+    plan.add("--symlink", "/run/qubes/log", "/dev/log", "--remount-ro", "/dev")
     # These are not the domain's root's but ours, who set them up; so anybody may write in them.
     # Process 1 makes what must be root's in them before anything else runs.
     plan.tmpfs("/dev/shm", SHM_SIZE, 0o1777)  # noqa: S108
