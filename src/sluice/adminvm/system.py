@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -162,7 +163,9 @@ class AdminVM:
 
     def log_of(self, name: str, line: str) -> None:
         """Write a line that a domain caused, escaped already; ``sluice log`` shows it too."""
-        self.log(f"{name}: {line}")
+        if not stat.S_ISREG(os.fstat(2).st_mode):
+            # A file that nobody rotates is no place for what a domain can cause to be written.
+            self.log(f"{name}: {line}")
         if self._domain_lines is not None:
             record = {"time": timestamp(time.time()), "domain": name, "line": line}
             self._domain_lines.append(json.dumps(record).encode() + b"\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from sluice.domains.paths import Paths
 from sluice.errors import LocalError
 
 if TYPE_CHECKING:
+    from sluice.adminvm.system import AdminVM
     from sluice.domains.registry import Registry
     from sluice.domains.sandbox.base import Sandbox
 
@@ -49,6 +52,21 @@ def command(file: str | None, detach: bool, root: str | None) -> None:
 
 async def serve(paths: Paths, system_file: Path) -> int:
     """Run one system until it is stopped; returns the exit status."""
+    with prepared(paths, system_file) as adminvm:
+        await adminvm.start()
+        count = len(adminvm.running())
+        total = len(adminvm.registry) - 1
+        print(f"{READY} {count} of {total} domains run", file=sys.stderr, flush=True)
+        await adminvm.run_until_stopped()
+    return 0
+
+
+@contextlib.contextmanager
+def prepared(paths: Paths, system_file: Path) -> Iterator[AdminVM]:
+    """Give the AdminVM of a system, not started yet, and hold the system's lock meanwhile.
+
+    Raises ConfigError where the file is wrong, LocalError where the system runs already.
+    """
     from sluice.adminvm.system import AdminVM
     from sluice.domains.store import Store
     from sluice.domains.system_file import load
@@ -57,22 +75,17 @@ async def serve(paths: Paths, system_file: Path) -> int:
     system = load(system_file)
     paths.create()
     lock = _lock(paths)
-    _sweep(paths)
-    with Store(paths.store) as store:
-        registry = system.registry(store)
-        sandboxes = make_sandboxes(paths, registry, system.defaults.uid_base)
-        policy = PolicyStore(
-            paths.policy_directories, legacy_directory=paths.config / "policy.legacy"
-        )
-        adminvm = AdminVM(registry, sandboxes, policy, paths)
-        await adminvm.start()
-        count = len(adminvm.running())
-        print(f"{READY} {count} of {len(registry) - 1} domains run", file=sys.stderr, flush=True)
-        try:
-            await adminvm.run_until_stopped()
-        finally:
-            os.close(lock)
-    return 0
+    try:
+        _sweep(paths)
+        with Store(paths.store) as store:
+            registry = system.registry(store)
+            policy = PolicyStore(
+                paths.policy_directories, legacy_directory=paths.config / "policy.legacy"
+            )
+            sandboxes = make_sandboxes(paths, registry, system.defaults.uid_base)
+            yield AdminVM(registry, sandboxes, policy, paths)
+    finally:
+        os.close(lock)
 
 
 def make_sandboxes(paths: Paths, registry: Registry, uid_base: int | None) -> dict[str, Sandbox]:

@@ -1,0 +1,91 @@
+"""Ends: whatever is killed, nothing of it is left, the others go on, and a new start works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.system import Running, System, descendants, make_system
+
+pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120)]
+
+SYSTEM = """
+[system]
+kind = "bubblewrap"
+[domains.a]
+autostart = true
+[domains.b]
+autostart = true
+[domains.b.files]
+"/usr/local/etc/qubes-rpc/test.Wait" = "wait"
+"/usr/local/etc/qubes-rpc/test.Echo" = "echo"
+"""
+POLICY = "test.Wait * a b allow\ntest.Echo * a b allow\n"
+FILES = {
+    "wait": "#!/bin/sh\necho ready\nexec cat\n",
+    "echo": "#!/bin/sh\nexec cat\n",
+}
+
+
+@pytest.fixture
+def system() -> Iterator[System]:
+    with make_system(SYSTEM, POLICY, FILES) as made:
+        yield made
+
+
+def waiting_call(running: Running) -> subprocess.Popen[bytes]:
+    """Begin a call from a to b that lasts, and return it once the service has answered."""
+    call = running.start("a", "qrexec-client-vm b test.Wait; echo status $?")
+    assert call.stdout is not None
+    assert call.stdout.readline() == b"ready\n"
+    return call
+
+
+def gone(pids: list[int], within: float) -> list[int]:
+    """Return which of the processes are still there after ``within`` seconds at most."""
+    end = time.monotonic() + within
+    left = pids
+    while left and time.monotonic() < end:
+        left = [pid for pid in left if Path(f"/proc/{pid}").exists() and not zombie(pid)]
+        time.sleep(0.01)
+    return left
+
+
+def zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_the_adminvm_killed_takes_all_domains_with_it(system: System) -> None:
+    with system.up() as running:
+        call = waiting_call(running)
+        below = descendants(running.pid)
+        assert len(below) >= 3, "two agents and a service at the least"
+        mounts = Path("/proc/self/mountinfo").read_text().count(str(system.root))
+        os.kill(running.pid, signal.SIGKILL)
+        assert not gone(below, 2.0)
+        call.wait(timeout=5)
+    assert Path("/proc/self/mountinfo").read_text().count(str(system.root)) == mounts == 0
+    with system.up() as running:
+        assert running.run("a", "echo hello | qrexec-client-vm b test.Echo") == (0, "hello\n")
+
+
+@pytest.mark.spec("PROXY-024")
+def test_a_domain_killed_ends_the_calls_of_others_to_it(system: System) -> None:
+    with system.up() as running:
+        call = waiting_call(running)
+        begun = time.monotonic()
+        assert system.sluice("stop", "--kill", "b").returncode == 0
+        out, _ = call.communicate(timeout=10)
+        assert time.monotonic() - begun < 5 * 1.0
+        assert out.startswith(b"status ") and out != b"status 0\n"
+        assert running.run("a", "echo still here") == (0, "still here\n")
+        # The next call starts the domain again.
+        assert running.run("a", "echo again | qrexec-client-vm b test.Echo") == (0, "again\n")
