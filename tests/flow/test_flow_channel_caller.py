@@ -431,3 +431,44 @@ def test_stderr_without_reader_is_no_error(driver: Driver) -> None:
     assert call.finish() == 0
     assert len(call.warnings) == 0
     call.close()
+
+
+def test_what_was_read_ahead_is_taken_when_the_local_program_ends(
+    make: Callable[..., Call], each_driver: Driver
+) -> None:
+    """IN is full, and behind what it does not take the exit code has been read already."""
+    call = make(has_process=True)
+    call.stdin.deafen()
+    for _ in range(6):
+        call.peer.write(m.encode(m.DATA_STDOUT, bytes(10_000)))
+        each_driver.quiet()
+    call.peer.write(
+        m.encode(m.DATA_STDOUT, bytes(10_000))
+        + m.encode(m.DATA_EXIT_CODE, m.I32.pack(4))
+        + m.encode(m.DATA_STDOUT)
+    )
+    each_driver.quiet()
+    assert call.channel.state.remote_status is None
+    call.stdout.close()
+    call.channel.process_exited(0)
+    assert call.finish(2) == 4
+
+
+def test_stderr_is_delivered_before_the_end(driver: Driver) -> None:
+    """The exit code and the end of stdout came before; the last words wait for a slow reader."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(write_fd, False)
+    os.write(write_fd, bytes(65536))
+    call = Call(driver, caller=True, err_fd=write_fd)
+    call.peer.write(
+        m.encode(m.DATA_STDOUT)
+        + m.encode(m.DATA_EXIT_CODE, m.I32.pack(4))
+        + m.encode(m.DATA_STDERR, b"last words")
+    )
+    driver.quiet()
+    assert not call.over
+    assert os.read(read_fd, 65536) == bytes(65536)
+    assert call.finish() == 4
+    assert os.read(read_fd, 100) == b"last words"
+    os.close(read_fd)
+    call.close()

@@ -1,38 +1,22 @@
-"""The data engine: joins local streams to one data channel, for either side of a call.
+"""The data channel of a call, either end of it: handshake, local streams, exit code.
 
-Theory. The protocol's state is in ``callstate``: facts, and rules that are functions of them. This
-module keeps the facts up to date and moves bytes. Every event (a descriptor is ready, the process
-ended, a deadline passed) does what it can without waiting, and then ``_settle`` asks the rules what
-follows: is something due to be sent, is this end finished, and which events are wanted next. What
-is wanted is computed afresh each time:
+Theory. What is known of the call, and what follows from it, is in ``callstate``: facts, and rules
+that are functions of them. ``engine`` moves the bytes and keeps the facts up to date, with one half
+for each direction (``sender``, ``receiver``). This module begins and ends a channel:
 
-    event wanted           while
-    channel readable       it is not at its end, the streams are attached, and nothing received
-                           waits for IN or for stderr (back-pressure: one message at most waits)
-    channel writable       something waits to be sent
-    OUT, ERR readable      the stream is open, and nothing waits to be sent
-    IN writable            something received waits for it
-    IN hang-up             otherwise, while it is open
+    HELLO both ways  ->  on_open  ->  attach: the command's streams   ->  data  ->  on_done
+                                      fail: it could not be started   ->  its code -> on_done
+                                      send_exit_only: JUST_EXEC       ->  its code -> on_done
+    anything wrong   ->  on_fatal
 
-so that the two directions never wait for each other, and an idle call wakes nobody.
-
-How the bytes move, and what is copied and what the kernel moves: see ``sender`` and ``receiver``.
-
-Losing the channel is the end of reading it. A failed write only ends sending: what the other side
-sent before it went, exit code included, is still received (5.6, 10.4, 17 number 15).
-
-docs/spec/wire-protocol.md 4.4, 10, 13.6, 17.
+docs/spec/wire-protocol.md 4.4, 7.4.5, 10, 13.6.
 """
 
 from __future__ import annotations
 
-from sluice.errors import RemoteError
-from sluice.flow.callstate import CallState, payload_limit
-from sluice.flow.endpoint import Endpoint, close_fd
-from sluice.flow.inlet import Inlet
-from sluice.flow.receiver import SHARE, Receiver
-from sluice.flow.sender import EMPTY, ENDED, Sender
-from sluice.flow.spare import grow
+from sluice.flow.callstate import payload_limit
+from sluice.flow.endpoint import close_fd
+from sluice.flow.engine import Engine
 from sluice.wire.messages import (
     DATA_STDERR,
     DATA_STDIN,
@@ -40,11 +24,9 @@ from sluice.wire.messages import (
     PROTOCOL_VERSION,
     U32,
     encode,
-    encode_exit_code,
     encode_hello,
     negotiate,
 )
-from sluice.wire.names import TERMINAL_TABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,12 +34,8 @@ if TYPE_CHECKING:
 
     from sluice.flow.reactor import Handle, Loop
 
-# A pipe that has passed so many bytes is worth more room, in bytes.
-_GROW_AFTER = 1 << 20
-_GROWN = 1 << 18
 
-
-class DataChannel:
+class DataChannel(Engine):
     """One end of one call. Owns the descriptors given to it, and closes them.
 
     ``on_done(status)`` or ``on_fatal(reason)`` is called exactly once, as the last thing, with
@@ -106,54 +84,26 @@ class DataChannel:
         anything received. on_out_end: called when OUT has ended, before that is acted on: the last
         moment for ``use_single_socket``.
         """
-        self._loop = loop
-        self._caller = caller
+        super().__init__(loop, read_fd, write_fd, caller=caller, on_warning=on_warning)
         self._on_done = on_done
-        self._on_fatal = on_fatal
+        self._on_failure = on_fatal
         self._on_open = on_open
         self._on_stderr = on_stderr
         self._on_out_end = on_out_end
-        self._hello = hello
-        self._version = version
-        self._prefix = prefix
         self._filter_stdout = filter_stdout
         self._filter_stderr = filter_stderr
         self._exit_on_client_eof = exit_on_client_eof
         self._exit_on_service_eof = exit_on_service_eof
+        self._hello = hello
+        self._version = version
+        self._prefix = prefix
+        self._descriptor = service_descriptor
         self._timeout = handshake_timeout
         self._timer: Handle | None = None
-
-        self.state = CallState(caller=caller)
-        self._reading = Endpoint(loop, read_fd)
-        self._writing = (
-            self._reading if read_fd == write_fd else Endpoint(loop, write_fd, writing=True)
-        )
-        self._reading.on_read = self._receive
-        self._writing.on_write = self._channel_writable
-        self._sender = Sender(self._writing.fd)
-        self._receiver = Receiver(
-            self.state,
-            self._reading,
-            on_hello=self._take_hello,
-            on_status=self._out_ended,
-            on_stderr=self._show_stderr,
-            on_warning=on_warning,
-        )
-        self._in: Endpoint | None = None
-        self._out: Endpoint | None = None
-        self._err: Endpoint | None = None
-        self._stderr: Endpoint | None = None
-
-        self._descriptor = service_descriptor
         self._late = max(in_fd, out_fd, err_fd) < 0
-        self._attached = False
         self._early: tuple[int, int, int, bool] = (in_fd, out_fd, err_fd, has_process)
         self._failed: list[bytes] = []
-        self._broken = ""
-        self._announced = False
-        self._grown = False
         self._single = False
-        self._closed = False
 
     # --- what the owner may do ------------------------------------------------------------------
 
@@ -195,7 +145,7 @@ class DataChannel:
         in_fd may equal out_fd (a socket service). Without ``err_fd`` the end of stderr is sent at
         once. If the channel is gone meanwhile, the descriptors are closed.
         """
-        if self._closed or self._attached:
+        if self._closed or self._receiver.attached:
             for fd in {in_fd, out_fd, err_fd}:
                 close_fd(fd)
             return
@@ -205,7 +155,7 @@ class DataChannel:
 
     def fail(self, code: int, *, dom0: bool = False) -> None:
         """Report that the command could not be started (section 13.6), and close."""
-        if self._attached or self._closed:
+        if self._receiver.attached or self._closed:
             return
         ends = [encode(DATA_STDOUT), encode(DATA_STDERR)]
         if dom0:
@@ -220,9 +170,9 @@ class DataChannel:
 
     def send_exit_only(self, code: int) -> None:
         """Send the exit code and nothing else (JUST_EXEC, section 7.4.5), and close."""
-        if self._attached or self._closed:
+        if self._receiver.attached or self._closed:
             return
-        self._attached = self._receiver.attached = True
+        self._receiver.attached = True
         self.state.local_status = code
         self._settle()
 
@@ -234,7 +184,8 @@ class DataChannel:
         self.state.has_process = True
         self.state.local_status = status
         self._close_in()
-        self._settle()
+        # What waited for IN may have kept something else from being taken.
+        self._receive()
 
     def use_single_socket(self) -> None:
         """Read OUT from the socket that serves as IN from now on (SIGUSR1, section 10.6).
@@ -287,7 +238,7 @@ class DataChannel:
             self._sender.queue(encode(DATA_STDIN, prefix[start : start + state.limit]))
         for message in self._failed:
             self._sender.queue(message)
-        if not self._late and not self._attached:
+        if not self._late and not self._receiver.attached:
             self._attach(*self._early)
 
     def _take_hello(self, body: bytes) -> None:
@@ -298,264 +249,21 @@ class DataChannel:
         self._open(version)
 
     def _attach(self, in_fd: int, out_fd: int, err_fd: int, has_process: bool) -> None:
-        """Take the local streams."""
-        state, receiver = self.state, self._receiver
-        self._attached = receiver.attached = True
+        """Take the local streams; the service descriptor goes first."""
         self._early = (-1, -1, -1, False)
-        state.has_process = state.has_process or has_process
-        if in_fd >= 0:
-            self._in = Endpoint(self._loop, in_fd, writing=True)
-            self._in.on_write = self._in_writable
-            self._in.on_hangup = self._in_gone
-            state.in_open = True
-            table = TERMINAL_TABLE if self._filter_stdout and self._caller else None
-            receiver.inlet = Inlet(self._in, self._in_closed, table=table)
-        if out_fd >= 0:
-            shared = self._in if in_fd == out_fd else None
-            self._out = shared or Endpoint(self._loop, out_fd)
-            self._out.on_read = self._out_readable
-            state.out_open = True
-        if self._caller:
-            if err_fd >= 0:
-                self._set_stderr(Endpoint(self._loop, err_fd, writing=True))
-        elif err_fd >= 0:
-            self._err = Endpoint(self._loop, err_fd)
-            self._err.on_read = self._err_readable
-            state.err_open = True
-        else:
-            self._sender.queue(encode(DATA_STDERR))
-        if receiver.inlet is not None and self._descriptor:
-            receiver.inlet.put([self._descriptor])
+        self._take_streams(in_fd, out_fd, err_fd, has_process)
+        if self._receiver.inlet is not None and self._descriptor:
+            self._receiver.inlet.put([self._descriptor])
 
-    # --- sending -------------------------------------------------------------------------------
-
-    def _channel_writable(self) -> None:
-        if self._flush():
-            # Go on where sending stopped, before the wanted events are changed and changed back.
-            self._pull_out()
-            self._pull_err()
-        self._settle()
-
-    def _out_readable(self) -> None:
-        self._pull_out()
-        self._settle()
-
-    def _err_readable(self) -> None:
-        self._pull_err()
-        self._settle()
-
-    def _pull_out(self) -> None:
-        source = self._out
-        if self.state.out_open and source is not None:
-            kind = DATA_STDIN if self._caller else DATA_STDOUT
-            if self._pull(source, kind, None):
-                if self._on_out_end is not None:
-                    self._on_out_end()
-                if self._out is source:
-                    self._out_ended()
-
-    def _pull_err(self) -> None:
-        if self.state.err_open and self._err is not None:
-            ended = self._pull(self._err, DATA_STDERR, self._on_stderr)
-            if ended:
-                self._err_ended()
-
-    def _pull(self, source: Endpoint, kind: int, look: Callable[[memoryview], None] | None) -> bool:
-        """Send what ``source`` has while the channel takes it; tell whether it has ended."""
-        sender = self._sender
-        for _ in range(SHARE):
-            if not self._flush():
-                return False
-            try:
-                count = sender.take(source, kind, look)
-            except OSError as error:
-                if not self._caller:
-                    self._broken = f"the command's output cannot be read: {error.strerror}"
-                return True
-            if count == EMPTY:
-                return False
-            if count == ENDED:
-                return True
-        self._flush()
-        return False
-
-    def _flush(self) -> bool:
-        """Send what waits; return whether nothing does any more and more can be sent."""
-        if self.state.mute:
-            return False
-        try:
-            empty = self._sender.flush()
-        except OSError:
-            self._muted()
-            return False
-        if empty and not self._grown and self._sender.taken > _GROW_AFTER:
-            self._grown = True
-            grow(self._writing, _GROWN)
-        return empty
-
-    def _muted(self) -> None:
-        """Nothing can be sent any more. What was sent to us is still received."""
-        self.state.mute = True
-        self._sender.close()
-        self._close_out()
-        self._close_err()
-
-    def _out_ended(self) -> None:
-        """OUT has ended: say so, once."""
-        if not self.state.out_open:
-            return
-        self._sender.queue(encode(DATA_STDIN if self._caller else DATA_STDOUT))
-        self._close_out()
-        if self._exit_on_service_eof and not self._caller and not self.state.has_process:
-            self._close_in()
-
-    def _err_ended(self) -> None:
-        """ERR has ended: say so, once."""
-        if self.state.err_open:
-            self._sender.queue(encode(DATA_STDERR))
-            self._close_err()
-
-    # --- receiving -----------------------------------------------------------------------------
-
-    def _receive(self) -> None:
-        """The channel is readable, or what was received can be delivered now."""
-        try:
-            self._receiver.run()
-        except RemoteError as error:
-            self._fatal(str(error))
-            return
-        if self.state.lost:
-            self._muted()
-            self._close_in()
-        self._settle()
-
-    def _in_writable(self) -> None:
-        if self._receiver.inlet is not None:
-            self._receiver.inlet.flush()
-        self._receive()
-
-    def _in_gone(self) -> None:
-        """Nobody reads IN any more."""
-        self._close_in()
-        self._receive()
-
-    def _show_stderr(self, payload: memoryview) -> None:
-        """Pass on what the service wrote to its stderr."""
-        if self._on_stderr is not None:
-            data = bytes(payload)
-            self._on_stderr(memoryview(data.translate(TERMINAL_TABLE) if self._filter_stderr else data))
-            return
-        if self._receiver.stderr is None:
-            end = Endpoint(self._loop, 2, writing=True, borrowed=True)
-            self._set_stderr(end)
-        stderr = self._receiver.stderr
-        if stderr is not None:
-            stderr.put([payload])
-
-    def _set_stderr(self, end: Endpoint) -> None:
-        """Write the other side's stderr there. That it fails is nobody's concern."""
-        table = TERMINAL_TABLE if self._filter_stderr else None
-        self._receiver.stderr = Inlet(end, end.close, table=table)
-        end.on_write = self._stderr_writable
-        self._stderr = end
-
-    def _stderr_writable(self) -> None:
-        if self._receiver.stderr is not None:
-            self._receiver.stderr.flush()
-        self._receive()
-
-    # --- closing -------------------------------------------------------------------------------
-
-    def _close_in(self) -> None:
-        """Close IN and drop what it did not take."""
-        if self._receiver.inlet is not None:
-            self._receiver.inlet.close()
-
-    def _in_closed(self) -> None:
-        """IN is closed, for whatever reason (section 10.5)."""
-        self.state.in_open = False
-        end = self._in
-        if end is not None:
-            end.want_write(False)
-            end.want_hangup(False)
-            if end is self._out or (end.is_socket and end.number > 2):
-                end.shutdown(reading=False)
-            else:
-                end.close()
-        if self._exit_on_client_eof and not self._caller and not self.state.has_process:
-            self._out_ended()
-
-    def _close_out(self) -> None:
-        """Close OUT (section 10.5)."""
-        state, end = self.state, self._out
-        if not state.out_open:
-            return
-        state.out_open = False
-        if end is None:
-            return
-        if end is self._in or end.number > 2:
-            end.shutdown(reading=True)
-        if end is not self._in:
-            end.close()
-
-    def _close_err(self) -> None:
-        """Close ERR."""
-        self.state.err_open = False
-        if self._err is not None:
-            self._err.close()
+    # --- the end -------------------------------------------------------------------------------
 
     def _fatal(self, reason: str) -> None:
         """End at once; the other side is told nothing and no process is waited for (10.3)."""
         if not self._closed:
             self.close()
-            self._on_fatal(reason)
+            self._on_failure(reason)
 
-    def _finish(self) -> None:
+    def _end(self, status: int) -> None:
         """End in order."""
-        status = self.state.result()
         self.close()
         self._on_done(status)
-
-    # --- what follows --------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """Send what is due, end if this end is finished, and say which events to wait for."""
-        state = self.state
-        if state.opened and not self._announced and not self._closed:
-            self._announced = True
-            if self._on_open is not None:
-                self._on_open()
-        if self._closed:
-            return
-        if self._broken:
-            self._fatal(self._broken)
-            return
-        self._flush()
-        finished = self._attached and state.opened and state.finished()
-        if finished and not (self._caller or state.mute or state.code_sent):
-            state.code_sent = True
-            self._sender.queue(encode_exit_code(state.result()))
-            self._flush()
-        if finished and (self._caller or state.mute or not self._sender.pending):
-            self._finish()
-            return
-        self._want()
-
-    def _want(self) -> None:
-        """Ask the loop for the events of the table at the top of this module."""
-        state = self.state
-        sending = self._sender.pending
-        self._reading.want_read(self._receiver.may_read())
-        self._writing.want_write(sending)
-        if self._in is not None and state.in_open:
-            blocked = self._receiver.inlet is not None and self._receiver.inlet.blocked
-            self._in.want_hangup(not blocked)
-            self._in.want_write(blocked)
-        if self._out is not None:
-            self._out.want_read(state.out_open and not sending)
-        if self._err is not None:
-            self._err.want_read(state.err_open and not sending)
-        if self._stderr is not None and self._receiver.stderr is not None:
-            self._stderr.want_write(self._receiver.stderr.holding)
-        self._receiver.rest()
-        self._sender.rest()

@@ -18,6 +18,7 @@ docs/spec/wire-protocol.md 10.5.
 from __future__ import annotations
 
 import _socket
+import fcntl
 import os
 import select
 
@@ -39,6 +40,18 @@ _S_IFSOCK = 0o140000
 # /dev/ptmx (5), where each open makes a new terminal.
 _TERMINALS = (4, *range(136, 144))
 
+# What a pipe that carries much is grown to, in bytes; the default is 65536.
+GROWN = 1 << 18
+
+# After how many bytes of a stream its pipes are grown.
+GROW_AFTER = 1 << 20
+
+# Pipes grown by this process at one time. The kernel counts the pages of pipes for a user id, and
+# when those are used up every new pipe of that user is tiny.
+_GROWN_MOST = 24
+
+_grown_now = 0
+
 
 def _nothing() -> None:
     """Stand for a callback that was not given."""
@@ -53,6 +66,7 @@ class Endpoint:
     __slots__ = (
         "_blocking",
         "_borrowed",
+        "_grown",
         "_hangup",
         "_loop",
         "_read",
@@ -90,6 +104,7 @@ class Endpoint:
         self.closed = False
         self._blocking = False
         self._borrowed = borrowed
+        self._grown = False
         self._read = self._write = self._hangup = self._soon = False
         self.on_read: Callable[[], None] = _nothing
         self.on_write: Callable[[], None] = _nothing
@@ -207,6 +222,19 @@ class Endpoint:
             data = data[:4096]
         return os.write(self.fd, data)
 
+    def grow(self) -> None:
+        """Give a pipe that carries much more room; being refused (EPERM, EBUSY) is normal."""
+        global _grown_now
+        if not self.is_pipe or self.closed or self._grown or _grown_now >= _GROWN_MOST:
+            return
+        try:
+            if fcntl.fcntl(self.fd, fcntl.F_GETPIPE_SZ) < GROWN:
+                fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, GROWN)
+                self._grown = True
+                _grown_now += 1
+        except OSError:
+            pass
+
     # --- ending --------------------------------------------------------------------------------
 
     def shutdown(self, *, reading: bool) -> None:
@@ -240,8 +268,12 @@ class Endpoint:
 
     def close(self) -> None:
         """Stop waiting, give the descriptor back as it came, and close it. May be repeated."""
+        global _grown_now
         if self.closed:
             return
+        if self._grown:
+            self._grown = False
+            _grown_now -= 1
         self.want_read(False)
         self.want_write(False)
         self.want_hangup(False)

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import os
 
-from sluice.flow.endpoint import Endpoint
+from sluice.flow.endpoint import GROW_AFTER, GROWN, Endpoint
 from sluice.flow.spare import (
     BUFFER,
     CANNOT,
     SINK_FULL,
     borrow_buffer,
     borrow_pipe,
-    grow,
     return_buffer,
     return_pipe,
     splice,
@@ -38,12 +37,6 @@ if TYPE_CHECKING:
 
 # Pieces moved in one go before the loop sees to its other descriptors.
 _SHARE = 16
-
-# Bytes asked of the kernel at once; pipes hold 64 KiB, or this much when grown.
-_MOST = 1 << 18
-
-# A direction that has moved so many bytes gets pipes of _MOST bytes.
-_GROW_AFTER = 1 << 20
 
 # Why a pump ended (``cause``).
 EOF = "eof"
@@ -185,10 +178,10 @@ class Pump:
                 if not self._flush() or not self._may_read() or not self._read():
                     break
             self._flush()
-            if self.moved > _GROW_AFTER and not self._grown:
+            if self.moved > GROW_AFTER and not self._grown:
                 self._grown = True
-                grow(self.src, _MOST)
-                grow(self.dst, _MOST)
+                self.src.grow()
+                self.dst.grow()
         finally:
             self._busy = False
         self._settle()
@@ -250,7 +243,7 @@ class Pump:
         """Let the kernel move a piece; returns as ``spare.splice``."""
         try:
             if self.src.is_pipe or self.dst.is_pipe:
-                count = splice(self.src.fd, self.dst.fd, _MOST)
+                count = splice(self.src.fd, self.dst.fd, GROWN)
                 if count > 0:
                     self.moved += count
                     self.spliced += count

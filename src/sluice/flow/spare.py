@@ -7,13 +7,8 @@ to the process, not to the call: borrowed when needed, given back when empty. Fe
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from sluice.flow.endpoint import Endpoint
 
 # Bytes of a borrowed buffer: a data message with its header, or a good piece of a stream.
 BUFFER = 65536 + 8
@@ -90,14 +85,3 @@ def splice(source: int, sink: int, most: int) -> int:
         return os.splice(source, sink, most, flags=_FLAGS)
     except BlockingIOError:
         return CANNOT
-
-
-def grow(end: Endpoint, size: int) -> None:
-    """Give a pipe more room; being refused (EPERM, EBUSY) is normal."""
-    if not end.is_pipe or end.closed:
-        return
-    try:
-        if fcntl.fcntl(end.fd, fcntl.F_GETPIPE_SZ) < size:
-            fcntl.fcntl(end.fd, fcntl.F_SETPIPE_SZ, size)
-    except OSError:
-        pass
