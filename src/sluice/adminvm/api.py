@@ -16,6 +16,8 @@ state     name                    "Running", "Halted", ...
 start     name                    null, once the agent answers
 stop      name                    null, once nothing of it is left
 kill      name                    likewise, without asking the agent
+limits    name, [memory],         null; sets other limits (MiB, numbers) while the domain runs
+          [processes], [cpus]
 run       name, command, [user]   {"status": N, "stdout": TEXT, "stderr": TEXT}; for small outputs
 shutdown                          null; the AdminVM ends then
 ========  ======================  =============================================================
@@ -133,6 +135,13 @@ class ApiServer:
                 await adminvm.start_domain(_text(request, "name"))
             case "stop" | "kill":
                 await adminvm.stop_domain(_text(request, "name"), kill=method == "kill")
+            case "limits":
+                adminvm.change_limits(
+                    _text(request, "name"),
+                    memory=_number(request, "memory"),
+                    processes=_number(request, "processes"),
+                    cpus=_number(request, "cpus"),
+                )
             case "run":
                 return await self._run(request)
             case "shutdown":
@@ -157,6 +166,13 @@ def _text(request: dict[str, Any], key: str) -> str:
     value = request.get(key)
     if not isinstance(value, str) or not value:
         raise LocalError(f"the request needs {key!r}")
+    return value
+
+
+def _number(request: dict[str, Any], key: str) -> int | None:
+    value = request.get(key)
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 32):
+        raise LocalError(f"{key!r} must be a number above 0")
     return value
 
 

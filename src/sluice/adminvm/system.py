@@ -269,6 +269,13 @@ class AdminVM:
             run.stop("stopped")
         await asyncio.shield(run.ended)
 
+    def change_limits(self, name: str, **limits: int | None) -> None:
+        """Set other limits for a domain that runs. Raises LocalError."""
+        run = self._runs.get(name)
+        if run is None or run.running is None:
+            raise LocalError(f"Domain is powered off: '{name}'")
+        run.running.change_limits(**limits)
+
     async def reach(self, name_or_uuid: str, autostart: bool) -> DomainRun:
         """Return the running domain a call goes to, started if policy allows that (6.9.6)."""
         domain = self.registry.get(name_or_uuid)
