@@ -444,6 +444,7 @@ def test_what_was_read_ahead_is_taken_when_the_local_program_ends(
         each_driver.quiet()
     call.peer.write(
         m.encode(m.DATA_STDOUT, bytes(10_000))
+        + m.encode(m.DATA_STDERR)
         + m.encode(m.DATA_EXIT_CODE, m.I32.pack(4))
         + m.encode(m.DATA_STDOUT)
     )
