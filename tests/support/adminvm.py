@@ -6,6 +6,7 @@ import array
 import asyncio
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -264,7 +265,11 @@ class PlayedRun:
         self._over.set()
 
     async def wait(self) -> int:
-        await self._over.wait()
+        """End as an agent does: when the control channel has ended, or by the kill."""
+        poll = select.poll()
+        poll.register(self.wire.sock.fileno(), 0)  # hang-up comes without asking
+        while not self._over.is_set() and not poll.poll(0):
+            await asyncio.sleep(0.01)
         return 0
 
     async def clean(self) -> None:
