@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def room_of(parts: tuple[str, ...]) -> str | None:
 
 def imported(tree: ast.AST) -> set[tuple[str, ...]]:
     found: set[tuple[str, ...]] = set()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Import):
             found |= {tuple(alias.name.split(".")) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -55,6 +56,18 @@ def imported(tree: ast.AST) -> set[tuple[str, ...]]:
             if base == ("sluice",):
                 found |= {(*base, alias.name) for alias in node.names}
     return found
+
+
+def walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk the tree but for what is there for the type checker only: it is never executed."""
+    queue = [tree]
+    while queue:
+        node = queue.pop()
+        yield node
+        for child in ast.iter_child_nodes(node):
+            test = getattr(child, "test", None)
+            typing_only = isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
+            queue += child.orelse if isinstance(child, ast.If) and typing_only else [child]
 
 
 def violations(source: str, parts: tuple[str, ...]) -> list[str]:
@@ -73,6 +86,8 @@ def violations(source: str, parts: tuple[str, ...]) -> list[str]:
 def test_the_check_sees_an_upward_import() -> None:
     assert violations("from sluice.proxy import flow", ("sluice", "wire", "names"))
     assert not violations("from sluice.wire import names", ("sluice", "proxy", "flow"))
+    typed = "if TYPE_CHECKING:\n    from sluice.flow import reactor\nelse:\n    import sluice.cli"
+    assert violations(typed, ("sluice", "wire", "x")) == ["sluice.wire.x imports sluice.cli"]
 
 
 def test_imports_go_downward_only() -> None:
@@ -93,5 +108,7 @@ def test_pure_rooms_do_no_io(room: str) -> None:
     """Sans-I/O: these rooms import nothing that opens, connects or waits (files.py may)."""
     forbidden = {"socket", "_socket", "select", "subprocess", "asyncio", "selectors", "threading"}
     for path in sorted((SRC / room).glob("*.py")):
+        if path.name == "files.py":
+            continue
         names = {name[0] for name in imported(ast.parse(path.read_text()))}
         assert not names & forbidden, f"{path.name}: {names & forbidden}"
