@@ -72,7 +72,9 @@ class ApiServer:
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def close(self) -> None:
-        """Take no more connections and remove the socket."""
+        """Take no more connections and remove the socket. May be repeated."""
+        if self._listener.fileno() < 0:
+            return
         self._loop.remove_reader(self._listener.fileno())
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):

@@ -1,0 +1,651 @@
+"""The AdminVM as a whole: starts and ends of domains, every ending of a call, its own socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import stat
+import struct
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.adminvm import (
+    EXEC_CMDLINE,
+    SERVICE_CONNECT,
+    SERVICE_REFUSED,
+    TERMINATED,
+    AgentSandbox,
+    PlayedJudge,
+    PlayedRun,
+    PlayedSandbox,
+    adminvm,
+    domain,
+    exec_body,
+    hello,
+    message,
+    open_descriptors,
+    short_directory,
+    trigger4,
+    until,
+)
+
+from sluice.adminvm import api
+from sluice.adminvm.decision import Decision
+from sluice.adminvm.judge import Ruling
+from sluice.adminvm.system import AdminVM
+from sluice.domains.model import DomainConfig
+from sluice.errors import LocalError, RemoteError, ResourceError, SluiceError
+from sluice.policy.files import PolicyStore
+
+
+class World:
+    """A running AdminVM and what the tests ask of it."""
+
+    def __init__(self, directory: Path, system: AdminVM, sandbox: Any) -> None:
+        self.directory = directory
+        self.system = system
+        self.sandbox = sandbox
+
+    def records(self) -> list[dict[str, Any]]:
+        text = (self.directory / "state/log/audit.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    async def recorded(self, count: int = 1) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await until(
+            lambda: len(self.records()) >= count and self.records(), f"{count} records"
+        )
+        return found
+
+    async def start(self, name: str) -> PlayedRun:
+        await self.system.start_domain(name)
+        run: PlayedRun = self.sandbox.runs[name]
+        await run.greeted()
+        return run
+
+
+Scene = Callable[[World], Awaitable[None]]
+ABC = [domain("a", 7, "played"), domain("b", 8, "played"), domain("c", 9, "played")]
+
+
+def play(
+    scene: Scene, judge: Any = None, sandbox: Any = None, domains: list[DomainConfig] | None = None
+) -> None:
+    async def main() -> None:
+        with short_directory() as directory:
+            played = PlayedJudge()
+            for name in ("a", "b", "c", "dom0"):
+                played.allow(name)
+            played.allow("sleepy", to="b", autostart=False)
+            box = sandbox or PlayedSandbox()
+            policy = judge(directory) if judge else played
+            async with adminvm(directory, domains or ABC, box, policy) as system:
+                async with asyncio.timeout(30):
+                    await scene(World(directory, system, box))
+
+    asyncio.run(main())
+
+
+# --- starting and ending domains ----------------------------------------------------------------
+
+
+def test_two_that_ask_at_once_get_the_same_start() -> None:
+    async def scene(world: World) -> None:
+        first, second = await asyncio.gather(
+            world.system.start_domain("a"), world.system.start_domain("a")
+        )
+        assert first is second
+        assert world.system.state("a") == "Running"
+        assert await world.system.start_domain("a") is first
+
+    play(scene)
+
+
+@pytest.mark.parametrize("name", ["nobody", "dom0", "remote", "odd"])
+def test_what_cannot_be_started(name: str) -> None:
+    async def scene(world: World) -> None:
+        with pytest.raises(LocalError):
+            await world.system.start_domain(name)
+
+    domains = [domain("remote", 10, "played", klass="RemoteVM"), domain("odd", 11, "unknown")]
+    play(scene, domains=domains)
+
+
+def test_an_agent_that_does_not_answer() -> None:
+    async def scene(world: World) -> None:
+        before = open_descriptors()
+        with pytest.raises(ResourceError, match="within 0"):
+            await world.system.start_domain("slow")
+        await until(lambda: world.system.state("slow") == "Halted", "the end")
+        assert world.sandbox.runs["slow"].cleaned
+        assert open_descriptors() == before
+
+    domains = [domain("slow", 10, "played", qrexec_timeout=0)]
+    play(scene, sandbox=PlayedSandbox(greet=None), domains=domains)
+
+
+@pytest.mark.parametrize("first", [hello(1), b"nonsense", b""])
+def test_an_agent_that_answers_wrongly(first: bytes) -> None:
+    async def scene(world: World) -> None:
+        async def agent() -> None:
+            await world.sandbox.started.wait()
+            run = world.sandbox.runs["a"]
+            if first:
+                run.send(first)
+            else:
+                run.end()
+
+        talking = asyncio.ensure_future(agent())
+        with pytest.raises(SluiceError):
+            await world.system.start_domain("a")
+        await talking
+        await until(lambda: world.system.state("a") == "Halted", "the end")
+
+    play(scene, sandbox=PlayedSandbox(greet=None))
+
+
+def test_a_sandbox_that_fails_to_start() -> None:
+    class Failing(PlayedSandbox):
+        async def start(self, domain: DomainConfig, control: socket.socket) -> PlayedRun:
+            raise ResourceError("no user namespaces")
+
+    async def scene(world: World) -> None:
+        before = open_descriptors()
+        with pytest.raises(ResourceError, match="no user namespaces"):
+            await world.system.start_domain("a")
+        await until(lambda: world.system.state("a") == "Halted", "the end")
+        assert open_descriptors() == before
+
+    play(scene, sandbox=Failing())
+
+
+def test_stop_then_start_again() -> None:
+    async def scene(world: World) -> None:
+        run = await world.start("a")
+        stopping = asyncio.ensure_future(world.system.stop_domain("a"))
+        await asyncio.sleep(0)
+        assert world.system.state("a") == "Halting"
+        again = asyncio.ensure_future(world.system.start_domain("a"))
+        await stopping
+        assert run.cleaned
+        await again
+        assert world.system.state("a") == "Running"
+        await world.system.stop_domain("a", kill=True)
+        assert world.sandbox.runs["a"].killed
+        with pytest.raises(LocalError, match="powered off"):
+            await world.system.stop_domain("a")
+
+    play(scene)
+
+
+def test_the_sockets_of_a_domain_come_and_go() -> None:
+    async def scene(world: World) -> None:
+        directory = world.system.paths.daemon_dir
+        await world.start("a")
+        assert set(os.listdir(directory)) == {
+            "qrexec.a",
+            "qrexec.7",
+            "qrexec.uuid:00000000-0000-4000-8000-000000000007",
+        }
+        assert stat.S_IMODE(os.lstat(directory / "qrexec.7").st_mode) == 0o600
+        await world.system.stop_domain("a")
+        assert os.listdir(directory) == []
+
+    play(scene)
+
+
+def test_domains_with_autostart_run_from_the_beginning() -> None:
+    async def scene(world: World) -> None:
+        assert world.system.running() == {"a"}
+        assert world.system.state("b") == "Halted"
+
+    play(scene, domains=[domain("a", 7, "played", autostart=True), domain("b", 8, "played")])
+
+
+# --- every ending of a call has one record ------------------------------------------------------
+
+
+async def refused(world: World, run: PlayedRun, target: bytes, cause: str) -> dict[str, Any]:
+    count = len(world.records())
+    run.send(trigger4(target, b"test.Svc+x", b"I"))
+    assert await run.receive() == (SERVICE_REFUSED, b"I".ljust(32, b"\0"), [])
+    record = (await world.recorded(count + 1))[count]
+    assert cause in record["cause"]
+    assert (record["source"], record["service"], record["argument"]) == ("a", "test.Svc", "x")
+    await asyncio.sleep(0.02)
+    assert len(world.records()) == count + 1
+    return record
+
+
+def test_refusals_are_recorded() -> None:
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        record = await refused(world, a, b"nobody", "NO-MATCH")
+        assert (record["decision"], record["rule"]) == ("deny", None)
+        record = await refused(world, a, b"sleepy", "does not run")
+        assert (record["decision"], record["rule"]) == ("allow", "test.policy:1")
+        await refused(world, a, b"a", "cannot call itself")
+
+    play(scene)
+
+
+def test_a_malformed_request_is_recorded() -> None:
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        a.send(trigger4(b"b", b"", b"I"))
+        assert (await a.receive())[0] == SERVICE_REFUSED
+        (record,) = await world.recorded()
+        assert (record["cause"], record["count"]) == ("empty service name", 1)
+
+    play(scene)
+
+
+def test_a_target_is_started_for_a_call() -> None:
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        a.send(trigger4(b"b", b"s", b"I"))
+        await until(lambda: world.system.state("b") == "Running", "the target")
+        b = world.sandbox.runs["b"]
+        await b.greeted()
+        kind, body, fds = await b.receive()
+        assert kind == EXEC_CMDLINE
+        for fd in fds:
+            os.close(fd)
+        number = struct.unpack_from("<I", body, 4)[0]
+        b.send(message(TERMINATED, exec_body(7, number)))
+        a.send(message(TERMINATED, exec_body(8, number)))
+        (record,) = await world.recorded()
+        assert record["stages"]["target_ready"] >= record["stages"]["decided"]
+
+    play(scene)
+
+
+def test_a_target_that_cannot_be_started_refuses() -> None:
+    class Half(PlayedSandbox):
+        async def start(self, domain: DomainConfig, control: socket.socket) -> PlayedRun:
+            if domain.name == "b":
+                raise ResourceError("out of memory")
+            return await super().start(domain, control)
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        await refused(world, a, b"b", "out of memory")
+
+    play(scene, sandbox=Half())
+
+
+@pytest.mark.alone
+def test_a_killed_domain_ends_the_calls_of_others_to_it() -> None:
+    async def scene(world: World) -> None:
+        a, b = await world.start("a"), await world.start("b")
+        a.send(trigger4(b"b", b"s", b"I"))
+        _, body, far = await b.receive()
+        _, _, near = await a.receive()
+        number = struct.unpack_from("<I", body, 4)[0]
+        began = time.monotonic()
+        killing = asyncio.ensure_future(world.system.stop_domain("b", kill=True))
+        for fd in far:
+            os.close(fd)  # what the kernel does for a killed process
+        assert os.read(near[0], 1) == b""
+        await killing
+        assert time.monotonic() - began < 1
+        assert world.records() == []
+        a.send(message(TERMINATED, exec_body(8, number)))
+        (record,) = await world.recorded()
+        assert "b is gone: killed" in record["cause"]
+        for fd in near:
+            os.close(fd)
+
+    play(scene)
+
+
+def test_a_source_that_dies_is_recorded() -> None:
+    async def scene(world: World) -> None:
+        a, b = await world.start("a"), await world.start("b")
+        a.send(trigger4(b"b", b"s", b"I"))
+        _, body, far = await b.receive()
+        number = struct.unpack_from("<I", body, 4)[0]
+        await a.receive()
+        a.end()
+        await until(lambda: world.system.state("a") == "Halted", "the end of a")
+        b.send(message(TERMINATED, exec_body(7, number)))
+        (record,) = await world.recorded()
+        assert "a is gone" in record["cause"]
+        for fd in far:
+            os.close(fd)
+
+    play(scene)
+
+
+def test_a_source_that_dies_before_the_decision() -> None:
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        asked = asyncio.Event()
+        decide = world.system._judge.decide
+
+        async def slowly(*arguments: Any) -> Any:
+            asked.set()
+            await until(lambda: world.system.state("a") == "Halted", "the end of a")
+            return await decide(*arguments)
+
+        world.system._judge.decide = slowly  # type: ignore[method-assign]
+        a.send(trigger4(b"b", b"s", b"I"))
+        await asked.wait()
+        a.end()
+        (record,) = await world.recorded()
+        assert record["cause"] == "the source is gone"
+
+    play(scene)
+
+
+def test_what_is_open_when_the_adminvm_stops_is_recorded() -> None:
+    async def main() -> None:
+        with short_directory() as directory:
+            judge = PlayedJudge()
+            judge.allow("b")
+            judge.allow("dom0")
+            sandbox = PlayedSandbox()
+            async with adminvm(directory, ABC, sandbox, judge) as system:
+                world = World(directory, system, sandbox)
+                service = directory / "config/rpc/s"
+                service.write_text("#!/bin/sh\nsleep 100\n")
+                service.chmod(0o755)
+                a, b = await world.start("a"), await world.start("b")
+                a.send(trigger4(b"b", b"s", b"I"))
+                await b.receive()
+                a.send(trigger4(b"dom0", b"s", b"I"))
+                run = system.run_of("a")
+                assert run is not None
+                call = system.dispatcher.open(run, b"u:x")
+                await until(lambda: len(system.dispatcher.numbers) == 3, "three calls")
+            records = world.records()
+            assert [record["cause"] for record in records] == ["the AdminVM stops"] * 3
+            assert call.ended.done()
+            os.close(call.read_fd)
+            os.close(call.write_fd)
+
+    asyncio.run(main())
+
+
+def test_an_error_of_ours_refuses_and_is_recorded() -> None:
+    class Failing(PlayedJudge):
+        async def decide(self, *arguments: Any) -> Ruling:
+            raise ZeroDivisionError
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        await refused(world, a, b"b", "internal error")
+
+    play(scene, judge=lambda directory: Failing())
+
+
+# --- policy files -------------------------------------------------------------------------------
+
+
+def test_policy_files_decide() -> None:
+    def judge(directory: Path) -> PolicyStore:
+        policy = directory / "policy"
+        policy.mkdir()
+        (policy / "10-t.policy").write_text(
+            "test.Svc +x a b allow\n"
+            "test.Svc +y a b ask\n"
+            "test.Svc +z a @anyvm deny\n"
+            "test.Svc +d a @default allow target=b user=alice\n"
+        )
+        return PolicyStore([policy], legacy_directory=directory / "none", quiet=0.0)
+
+    async def scene(world: World) -> None:
+        a, b = await world.start("a"), await world.start("b")
+        rule = str(world.directory / "policy/10-t.policy")
+
+        async def ask(service: bytes, target: bytes = b"b") -> int:
+            a.send(trigger4(target, service, b"I"))
+            return (await a.receive())[0]
+
+        assert await ask(b"test.Svc+x") == SERVICE_CONNECT
+        assert (await b.receive())[1][8:] == b"user:QUBESRPC test.Svc+x a\0"
+        assert await ask(b"test.Svc+d", b"") == SERVICE_CONNECT
+        assert (await b.receive())[1][8:] == b"alice:QUBESRPC test.Svc+d a\0"
+        for service, where in ((b"test.Svc+y", 2), (b"test.Svc+z", 3), (b"other", None)):
+            assert await ask(service) == SERVICE_REFUSED
+            record = world.records()[-1]
+            assert record["rule"] == (None if where is None else f"{rule}:{where}")
+            assert record["decision"] == "deny"
+        # A broken file denies everything, and says where.
+        (world.directory / "policy/20-bad.policy").write_text("nonsense\n")
+        assert await ask(b"test.Svc+x") == SERVICE_REFUSED
+        assert world.records()[-1]["rule"].endswith("20-bad.policy:1")
+        (world.directory / "policy/20-bad.policy").unlink()
+        assert await ask(b"test.Svc+x") == SERVICE_CONNECT
+
+    play(scene, judge=judge)
+
+
+# --- the AdminVM's own socket -------------------------------------------------------------------
+
+
+def test_the_socket_of_the_command_line() -> None:
+    async def scene(world: World) -> None:
+        path = world.system.paths.control_socket
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+        async def ask(method: str, **fields: Any) -> Any:
+            return await asyncio.to_thread(lambda: api.request(path, method, **fields))
+
+        assert (await ask("ping"))["pid"] == os.getpid()
+        assert [entry["name"] for entry in await ask("list")] == ["dom0", "a", "b", "c"]
+        assert await ask("state", name="a") == "Halted"
+        assert await ask("start", name="a") is None
+        assert await ask("state", name="a") == "Running"
+        for method in ("stop", "kill"):
+            await ask("start", name="a")
+            assert await ask(method, name="a") is None
+            assert await ask("state", name="a") == "Halted"
+        for method, fields in (
+            ("stop", {"name": "a"}),
+            ("start", {"name": "nobody"}),
+            ("start", {}),
+            ("start", {"name": 5}),
+            ("nonsense", {}),
+        ):
+            with pytest.raises(LocalError):
+                await ask(method, **fields)
+
+    play(scene)
+
+
+def test_garbage_on_the_socket_of_the_command_line() -> None:
+    async def scene(world: World) -> None:
+        path = str(world.system.paths.control_socket)
+        for data in (b"garbage\n", b"[]\n", b"\xff\xfe\n", b"null\n"):
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(data)
+            answer = json.loads(await reader.readline())
+            assert answer["ok"] is False
+            writer.close()
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"x" * (2 << 20))
+        try:
+            assert await reader.read() == b""
+        except ConnectionResetError:
+            pass  # closed with bytes of ours unread
+        writer.close()
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b'{"method": "ping"}\n{"method": "state", "name": "a"}\n')
+        assert json.loads(await reader.readline())["ok"] is True
+        assert json.loads(await reader.readline())["result"] == "Halted"
+        writer.close()
+
+    play(scene)
+
+
+def test_shutdown_by_the_socket() -> None:
+    async def main() -> None:
+        with short_directory() as directory:
+            async with adminvm(directory, ABC, PlayedSandbox(), PlayedJudge()) as system:
+                running = asyncio.ensure_future(system.run_until_stopped())
+                await asyncio.to_thread(api.request, system.paths.control_socket, "shutdown")
+                await asyncio.wait_for(running, 5)
+                assert not system.paths.control_socket.exists()
+
+    asyncio.run(main())
+
+
+def test_nobody_listens() -> None:
+    with short_directory() as directory, pytest.raises(LocalError, match="no AdminVM runs here"):
+        api.request(directory / "none", "ping")
+
+
+# --- real agents --------------------------------------------------------------------------------
+
+
+def agents(directory: Path, scene: Callable[[AdminVM, AgentSandbox], Awaitable[None]]) -> None:
+    import pwd
+
+    user = pwd.getpwuid(os.geteuid()).pw_name
+
+    async def main() -> None:
+        sandbox = AgentSandbox(directory / "vm")
+        judge = PlayedJudge()
+        names = [f"d{number}" for number in range(11)]
+        for name in names:
+            judge.allow(name)
+        domains = [
+            domain(name, 10 + number, "agent", default_user=user)
+            for number, name in enumerate(names)
+        ]
+        async with adminvm(directory, domains, sandbox, judge) as system:
+            async with asyncio.timeout(60):
+                await scene(system, sandbox)
+
+    asyncio.run(main())
+
+
+def test_calls_from_within_the_process() -> None:
+    async def scene(system: AdminVM, sandbox: AgentSandbox) -> None:
+        done = await system.run("d0", "cat; echo err >&2; exit 3", input=b"x" * 300_000)
+        assert (done.status, len(done.stdout), done.stderr) == (3, 300_000, b"err\n")
+        sandbox.service("d0", "test.Echo", '#!/bin/sh\necho "$1 $QREXEC_REMOTE_DOMAIN"\n')
+        done = await system.run("d0", "QUBESRPC test.Echo+hi dom0")
+        assert (done.status, done.stdout) == (0, b"hi dom0\n")
+        assert (await system.run("d0", "QUBESRPC no.Such dom0")).status == 127
+        assert await system.just_execute("d0", "true") == 0
+        with pytest.raises(TimeoutError):
+            await system.run("d0", "sleep 100", timeout=0.1)
+
+    with short_directory() as directory:
+        agents(directory, scene)
+
+
+def test_an_agents_log_lines_are_ours() -> None:
+    async def scene(system: AdminVM, sandbox: AgentSandbox) -> None:
+        said: list[str] = []
+        system.log = said.append  # type: ignore[method-assign]
+        sandbox.service("d0", "test.Err", "#!/bin/sh\nprintf 'oo\\033ps\\n' >&2\n")
+        await system.run("d0", "QUBESRPC test.Err+x dom0")
+        await until(lambda: any("oo\\x1bps" in line for line in said), "the service's line")
+        text = system.paths.domain_log_file.read_text()
+        assert json.loads(text.splitlines()[-1])["domain"] == "d0"
+
+    with short_directory() as directory:
+        agents(directory, scene)
+
+
+def test_a_hostile_agent_harms_itself_only() -> None:
+    """Any bytes, in any pieces: the domain ends or is refused; others go on."""
+
+    async def scene(world: World) -> None:
+        chance = random.Random(7)
+        quiet = await world.start("b")
+        pieces = [
+            trigger4(b"b", b"s", b"I"),
+            trigger4(b"dom0", b"x", b"\xff" * 32),
+            message(TERMINATED, exec_body(8, 1024)),
+            message(TERMINATED, exec_body(0, 0)),
+            hello(4),
+            message(EXEC_CMDLINE, b"x" * 9),
+            b"\x13\x02\x00\x00\xff\xff\xff\xff",
+            b"\0" * 8,
+        ]
+        for _ in range(25):
+            a = await world.start("a")
+            data = b"".join(
+                chance.choice(pieces) if chance.random() < 0.8 else chance.randbytes(20)
+                for _ in range(chance.randrange(1, 12))
+            )
+            while data:
+                size = chance.randrange(1, 400)
+                try:
+                    a.send(data[:size])
+                except OSError:
+                    break
+                data = data[size:]
+                await asyncio.sleep(0)
+            if chance.random() < 0.5:
+                a.end()
+            else:
+                await world.system.stop_domain("a") if world.system.run_of("a") else None
+            await until(lambda: world.system.state("a") == "Halted", "the end of a")
+        assert world.system.state("b") == "Running"
+        # The quiet domain's own calls still work.
+        while True:
+            quiet.send(trigger4(b"nobody", b"s", b"LAST"))
+            kind, body, _ = await quiet.receive()
+            if kind == SERVICE_REFUSED:
+                assert body.startswith(b"LAST")
+                break
+
+    play(scene)
+
+
+def test_rulings_that_cannot_be_carried_out() -> None:
+    judge = PlayedJudge()
+    judge.rulings["gone"] = Ruling(
+        Decision(True, user="u", target="gone", requested_target="gone", autostart=True), "p:1"
+    )
+    judge.rulings["disp"] = Ruling(
+        Decision(True, user="u", target="@dispvm:x", requested_target="disp", autostart=True), "p:1"
+    )
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        await refused(world, a, b"gone", "does not exist")
+        await refused(world, a, b"disp", "")
+
+    play(scene, judge=lambda directory: judge)
+
+
+def test_output_without_end_is_cut_off() -> None:
+    from sluice.adminvm.memory import run_to_end
+
+    async def scene(system: AdminVM, sandbox: AgentSandbox) -> None:
+        call = await system.call("d0", "cat /dev/zero")
+        with pytest.raises(ResourceError):
+            await run_to_end(call.read_fd, call.write_fd, b"", max_output=1 << 20)
+        await asyncio.wait_for(call.ended, 5)
+
+    with short_directory() as directory:
+        agents(directory, scene)
+
+
+def test_a_service_side_that_breaks_the_protocol() -> None:
+    from sluice.adminvm.memory import run_to_end
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        run = world.system.run_of("a")
+        assert run is not None
+        call = world.system.dispatcher.open(run, b"u:x")
+        _, _, fds = await a.receive()
+        os.write(fds[1], hello(4) + message(0x9999))
+        with pytest.raises(RemoteError):
+            await run_to_end(call.read_fd, call.write_fd, b"")
+        for fd in fds:
+            os.close(fd)
+
+    play(scene)
