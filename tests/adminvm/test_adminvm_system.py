@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -470,10 +471,8 @@ def test_garbage_on_the_socket_of_the_command_line() -> None:
             writer.close()
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(b"x" * (2 << 20))
-        try:
+        with contextlib.suppress(ConnectionResetError):  # closed with bytes of ours unread
             assert await reader.read() == b""
-        except ConnectionResetError:
-            pass  # closed with bytes of ours unread
         writer.close()
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(b'{"method": "ping"}\n{"method": "state", "name": "a"}\n')
@@ -542,18 +541,26 @@ def test_calls_from_within_the_process() -> None:
         agents(directory, scene)
 
 
-def test_an_agents_log_lines_are_ours() -> None:
-    async def scene(system: AdminVM, sandbox: AgentSandbox) -> None:
-        said: list[str] = []
-        system.log = said.append  # type: ignore[method-assign]
-        sandbox.service("d0", "test.Err", "#!/bin/sh\nprintf 'oo\\033ps\\n' >&2\n")
-        await system.run("d0", "QUBESRPC test.Err+x dom0")
-        await until(lambda: any("oo\\x1bps" in line for line in said), "the service's line")
-        text = system.paths.domain_log_file.read_text()
-        assert json.loads(text.splitlines()[-1])["domain"] == "d0"
+def test_what_a_sandbox_writes_to_stderr_is_logged_escaped() -> None:
+    class Talking(PlayedSandbox):
+        async def start(self, domain: DomainConfig, control: socket.socket) -> PlayedRun:
+            run = await super().start(domain, control)
+            read_fd, self.write_fd = os.pipe()
+            run.stderr_fd = read_fd  # type: ignore[attr-defined]
+            return run
 
-    with short_directory() as directory:
-        agents(directory, scene)
+    async def scene(world: World) -> None:
+        said: list[str] = []
+        world.system.log = said.append  # type: ignore[method-assign]
+        await world.start("a")
+        os.write(world.sandbox.write_fd, b"oo\033ps\n")
+        await until(lambda: "a: oo\\x1bps" in said, "the line")
+        text = world.system.paths.domain_log_file.read_text()
+        record = json.loads(text.splitlines()[-1])
+        assert (record["domain"], record["line"]) == ("a", "oo\\x1bps")
+        os.close(world.sandbox.write_fd)
+
+    play(scene, sandbox=Talking())
 
 
 def test_a_hostile_agent_harms_itself_only() -> None:
