@@ -22,13 +22,22 @@ import fcntl
 import os
 import select
 
-from sluice.flow.hangup import add_hangup, remove_hangup
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from sluice.flow.reactor import Loop
+
+    class Hangups(Protocol):
+        """What can tell that the other side of a descriptor is gone."""
+
+        def add_hangup(self, fd: int, callback: Callable[[], None]) -> None:
+            """Call ``callback()`` once when it is."""
+
+        def remove_hangup(self, fd: int) -> object:
+            """Undo add_hangup."""
+
 
 _S_IFMT = 0o170000
 _S_IFIFO = 0o010000
@@ -171,12 +180,21 @@ class Endpoint:
             return
         self._hangup = wanted
         if not wanted:
-            remove_hangup(self._loop, self.fd)
+            self._hangups().remove_hangup(self.fd)
         else:
             try:
-                add_hangup(self._loop, self.fd, self._gone)
+                self._hangups().add_hangup(self.fd, self._gone)
             except PermissionError:
                 self._cannot_wait()
+
+    def _hangups(self) -> Hangups:
+        """Return what tells of hang-ups: the Reactor itself, or something beside asyncio's loop."""
+        if hasattr(self._loop, "add_hangup"):
+            return self._loop  # type: ignore[return-value]
+        # In large processes only; it would cost the small ones a module.
+        from sluice.flow.hangup import of
+
+        return of(self._loop)
 
     def _cannot_wait(self) -> None:
         """Treat a descriptor that epoll refuses as always ready; nothing of it is registered."""

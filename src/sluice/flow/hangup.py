@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sluice.flow.reactor import Loop
 
 
-class _Nested:
+class Nested:
     """The epoll inside a loop that has no add_hangup."""
 
     def __init__(self, loop: Callable[[], Loop | None]) -> None:
@@ -26,14 +26,19 @@ class _Nested:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
 
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
+    def add_hangup(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call ``callback()`` once when the other side of ``fd`` is gone (EPOLLHUP, EPOLLERR).
+
+        Raises PermissionError for descriptors that cannot be waited for.
+        """
         self._epoll.register(fd, 0)
         loop = self._loop()
         if not self._callbacks and loop is not None:
             loop.add_reader(self._epoll.fileno(), self._fire)
         self._callbacks[fd] = callback
 
-    def remove(self, fd: int) -> None:
+    def remove_hangup(self, fd: int) -> None:
+        """Undo add_hangup, if it has not fired yet."""
         if self._callbacks.pop(fd, None) is None:
             return
         try:  # noqa: SIM105
@@ -46,17 +51,18 @@ class _Nested:
             loop.remove_reader(self._epoll.fileno())
 
     def _fire(self) -> None:
-        for fd, _ in self._epoll.poll(0):
+        # One at a time: a callback may close another descriptor whose number is given out again.
+        for fd, _ in self._epoll.poll(0, 1):
             callback = self._callbacks.get(fd)
             if callback is not None:
-                self.remove(fd)
+                self.remove_hangup(fd)
                 callback()
 
 
-_nested: MutableMapping[Loop, _Nested] | None = None
+_nested: MutableMapping[Loop, Nested] | None = None
 
 
-def _of(loop: Loop) -> _Nested:
+def of(loop: Loop) -> Nested:
     """Return the nested epoll of ``loop``, which lives as long as the loop does."""
     # Large processes only; the small ones use the Reactor and never come here.
     import weakref
@@ -66,26 +72,5 @@ def _of(loop: Loop) -> _Nested:
         _nested = weakref.WeakKeyDictionary()
     nested = _nested.get(loop)
     if nested is None:
-        nested = _nested[loop] = _Nested(weakref.ref(loop))
+        nested = _nested[loop] = Nested(weakref.ref(loop))
     return nested
-
-
-def add_hangup(loop: Loop, fd: int, callback: Callable[[], None]) -> None:
-    """Call ``callback()`` once when the other side of ``fd`` is gone (EPOLLHUP, EPOLLERR).
-
-    Raises PermissionError for descriptors that cannot be waited for.
-    """
-    own = getattr(loop, "add_hangup", None)
-    if own is not None:
-        own(fd, callback)
-    else:
-        _of(loop).add(fd, callback)
-
-
-def remove_hangup(loop: Loop, fd: int) -> None:
-    """Undo add_hangup, if it has not fired yet."""
-    own = getattr(loop, "remove_hangup", None)
-    if own is not None:
-        own(fd)
-    else:
-        _of(loop).remove(fd)
