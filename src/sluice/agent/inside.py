@@ -153,7 +153,7 @@ def hide_from_others() -> None:
         _flags_ = _ctypes.FUNCFLAG_CDECL
         _restype_ = Number
 
-    prctl = Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"))
+    prctl = Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"))  # type: ignore[arg-type]
     prctl(Number(4), Number(0), Number(0), Number(0), Number(0))
 
 

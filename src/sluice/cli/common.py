@@ -27,12 +27,17 @@ def root_option(command: Command) -> Command:
 
 
 def places(root: str | None) -> Paths:
-    """Return the places of the system that ``--root`` names, here or before the subcommand."""
+    """Return the places of the system that ``--root`` names."""
+    return Paths.find(chosen_root(root))
+
+
+def chosen_root(root: str | None) -> str | None:
+    """Return the value of ``--root``, which may also stand before the subcommand."""
     context = click.get_current_context(silent=True)
     while root is None and context is not None:
         root = context.params.get("root")
         context = context.parent
-    return Paths.find(root)
+    return root
 
 
 def tell_errors(command: Command) -> Command:

@@ -18,6 +18,9 @@ SYSTEM = """\
 [system]
 # What runs the domains: "bubblewrap" (sandboxes), or "process" (NO isolation, for tests).
 kind = "bubblewrap"
+# Whose user ids the domains have on the host: "auto" (their own, where the machine gives them), or
+# "single" (all of them yours).
+# ids = "auto"
 # The domain from which disposables are made when a call asks for `@dispvm`.
 # default_dispvm = "dvm"
 

@@ -45,12 +45,17 @@ def command(name: str, user: str, raw: bool, root: str | None) -> None:
 
 def pty_program(paths: Paths, name: str) -> str:
     """Return where the domain has the program that makes its terminal."""
+    if in_process_domain(paths, name):
+        return runtime.launcher("sluice-pty")
+    return f"{runtime.INSIDE_BIN}/sluice-pty"
+
+
+def in_process_domain(paths: Paths, name: str) -> bool:
+    """Tell whether a domain is of kind ``process`` and sees the host's own files."""
     from sluice.cli.ls import describe
 
     kinds = {domain["name"]: domain["kind"] for domain in describe(paths)}
-    if kinds.get(name) == "process":
-        return runtime.launcher("sluice-pty")
-    return f"{runtime.INSIDE_BIN}/sluice-pty"
+    return kinds.get(name) == "process"
 
 
 def window_size() -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sluice.cli.common import places, root_option, tell_errors
+from sluice.cli.common import chosen_root, places, root_option, tell_errors
 from sluice.domains.paths import Paths
 from sluice.errors import LocalError
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sluice.adminvm.system import AdminVM
     from sluice.domains.registry import Registry
     from sluice.domains.sandbox.base import Sandbox
+    from sluice.domains.system_file import SystemDefaults
 
 READY = "ready:"
 
@@ -45,7 +46,7 @@ def command(file: str | None, detach: bool, root: str | None) -> None:
     if not system_file.exists():
         raise LocalError(f"{system_file}: there is no system yet (make one with `sluice init`)")
     if detach:
-        _detach(paths, file, root)
+        _detach(paths, file, chosen_root(root))
     else:
         sys.exit(asyncio.run(serve(paths, system_file)))
 
@@ -82,13 +83,15 @@ def prepared(paths: Paths, system_file: Path) -> Iterator[AdminVM]:
             policy = PolicyStore(
                 paths.policy_directories, legacy_directory=paths.config / "policy.legacy"
             )
-            sandboxes = make_sandboxes(paths, registry, system.defaults.uid_base)
+            sandboxes = make_sandboxes(paths, registry, system.defaults)
             yield AdminVM(registry, sandboxes, policy, paths)
     finally:
         os.close(lock)
 
 
-def make_sandboxes(paths: Paths, registry: Registry, uid_base: int | None) -> dict[str, Sandbox]:
+def make_sandboxes(
+    paths: Paths, registry: Registry, defaults: SystemDefaults
+) -> dict[str, Sandbox]:
     """Return the sandboxes of the kinds that the domains name, and say what each means."""
     from sluice.domains.sandbox.bubblewrap import Bubblewrap
     from sluice.domains.sandbox.process import Process
@@ -96,7 +99,9 @@ def make_sandboxes(paths: Paths, registry: Registry, uid_base: int | None) -> di
     kinds = {domain.kind for domain in registry}
     made: dict[str, Sandbox] = {}
     if "bubblewrap" in kinds:
-        made["bubblewrap"] = Bubblewrap(paths, uid_base=uid_base)
+        made["bubblewrap"] = Bubblewrap(
+            paths, uid_base=defaults.uid_base, single=defaults.ids == "single"
+        )
     if "process" in kinds:
         made["process"] = Process(paths)
     for kind, sandbox in made.items():

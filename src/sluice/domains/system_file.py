@@ -42,6 +42,7 @@ class SystemDefaults:
     default_template: str = HOST_TEMPLATE
     default_dispvm: str | None = None
     uid_base: int | None = None
+    ids: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def _system(reader: _Reader, table: Any) -> SystemDefaults:
         "default_template": reader.domain,
         "default_dispvm": reader.domain,
         "uid_base": reader.number(65536, 0xFFFF0000 - 65536),
+        "ids": reader.one_of("auto", "single"),
     }
     if not isinstance(table, dict):
         reader.fail("system", "must be a table")

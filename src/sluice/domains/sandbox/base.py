@@ -45,6 +45,11 @@ class RunningSandbox(Protocol):
     def limits(self) -> list[Limit]:
         """Return the limits in force, those that nothing holds included (12.5)."""
 
+    def change_limits(
+        self, *, memory: int | None = None, processes: int | None = None, cpus: int | None = None
+    ) -> None:
+        """Set other limits now; ``memory`` is MiB. Raises LocalError where nothing can hold one."""
+
 
 class Sandbox(Protocol):
     """A kind of sandbox: ``bubblewrap``, ``process``."""

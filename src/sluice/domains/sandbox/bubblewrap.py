@@ -24,6 +24,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from pathlib import Path
 
 from sluice import runtime
@@ -69,6 +70,7 @@ class RunningBubblewrap:
         self.pid = -1
         self.pidfd = -1
         self.stderr_fd = os.dup(staged.console)
+        self._memory_event = -1
 
     def found_agent(self, pid: int) -> None:
         """Note the agent's process id. Raises LocalError where it has ended already."""
@@ -79,6 +81,27 @@ class RunningBubblewrap:
         if self._staged.process.poll() is not None:  # the number may be somebody else's by now
             raise LocalError("the sandbox ended at once")
         self.pid = pid
+
+    def watch_memory(self) -> None:
+        """End the domain when it is over its memory limit, where the kernel would not (12.5).
+
+        Version 2 groups end as a whole; with version 1 the kernel picks one process, and tells.
+        """
+        self._memory_event = self._limits.memory_event()
+        if self._memory_event >= 0:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._memory_event, self._over_memory)
+
+    def _over_memory(self) -> None:
+        self._stop_watching()
+        print(f"{self._limits.name}: over its memory limit, ended", file=sys.stderr, flush=True)
+        self.kill()
+
+    def _stop_watching(self) -> None:
+        if self._memory_event >= 0:
+            asyncio.get_running_loop().remove_reader(self._memory_event)
+            os.close(self._memory_event)
+            self._memory_event = -1
 
     def kill(self) -> None:
         """End process 1, and with it every process of its namespace, then bwrap itself."""
@@ -99,6 +122,7 @@ class RunningBubblewrap:
 
     async def clean(self) -> None:
         """Remove the control groups and close what is open; ``stderr_fd`` is the reader's."""
+        self._stop_watching()
         for _ in range(100):
             if self._limits.remove():
                 break
@@ -113,9 +137,18 @@ class RunningBubblewrap:
         """Return the limits in force."""
         return self._limits.limits()
 
-    def change_limits(self, values: Wanted) -> None:
-        """Set other limits while the domain runs."""
-        self._limits.change(values)
+    def change_limits(
+        self, *, memory: int | None = None, processes: int | None = None, cpus: int | None = None
+    ) -> None:
+        """Set other limits while the domain runs; see ``RunningSandbox.change_limits``."""
+        now = self._limits.wanted
+        self._limits.change(
+            Wanted(
+                memory=now.memory if memory is None else memory << 20,
+                pids=now.pids if processes is None else processes,
+                cpus=now.cpus if cpus is None else cpus,
+            )
+        )
 
     def usage(self) -> dict[str, int]:
         """Return what the domain uses, as far as something counts it."""
@@ -128,14 +161,22 @@ class Bubblewrap:
     kind = "bubblewrap"
 
     def __init__(
-        self, paths: Paths, *, uid_base: int | None = None, ids: Ids | None = None
+        self,
+        paths: Paths,
+        *,
+        uid_base: int | None = None,
+        single: bool = False,
+        ids: Ids | None = None,
     ) -> None:
-        """Look at the machine. Raises LocalError where it cannot run such sandboxes at all."""
+        """Look at the machine. Raises LocalError where it cannot run such sandboxes at all.
+
+        ``single`` asks for one user id for all domains although there may be more.
+        """
         for program in ("bwrap", "unshare", "setpriv"):
             if shutil.which(program) is None:
                 raise LocalError(f"{program} is not installed")
         self._paths = paths
-        self.ids = detect(uid_base) if ids is None else ids
+        self.ids = detect(uid_base, single=single) if ids is None else ids
         self._slots = Slots()
         self._spaces: dict[tuple[str, int], Namespaces] = {}
         self._controllers = probe(paths.state)
@@ -259,6 +300,7 @@ class Bubblewrap:
             async with asyncio.timeout(stage.TIMEOUT):
                 running.found_agent(await _child_pid(status))
                 await asyncio.to_thread(held.apply, running.pid)
+                running.watch_memory()
                 await stage.write_all(archive_write, content)
         except BaseException as error:
             running.kill()

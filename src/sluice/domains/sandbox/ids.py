@@ -137,12 +137,15 @@ def single_map() -> IdMap:
     return IdMap(SINGLE, ((0, uid, 1),), ((0, gid, 1),), None, (uid, gid))
 
 
-def detect(uid_base: int | None = None) -> Ids:
+def detect(uid_base: int | None = None, *, single: bool = False) -> Ids:
     """Find out which of the three modes this machine gives us.
 
-    Raises LocalError for root in a container that has too few ids to keep domains off host root.
+    ``single`` takes the weakest on purpose. Raises LocalError for root then, and for root in a
+    container that has too few ids to keep domains off host root.
     """
     if os.geteuid() == 0:
+        if single:
+            raise LocalError("domains never have host root's id: start as an ordinary user")
         base = DEFAULT_BASE if uid_base is None else uid_base
         end = min(_mapped_until(base, "uid"), _mapped_until(base, "gid"))
         if end - base < RANGE_SIZE:
@@ -151,7 +154,7 @@ def detect(uid_base: int | None = None) -> Ids:
                 " set uid_base in [system] to a free range, or start as an ordinary user"
             )
         return Ids(RANGES, base, base, end - base)
-    if shutil.which("newuidmap") and shutil.which("newgidmap"):
+    if not single and shutil.which("newuidmap") and shutil.which("newgidmap"):
         uids = subordinate("/etc/subuid")
         gids = subordinate("/etc/subgid")
         if uids and gids:

@@ -162,12 +162,12 @@ class DomainLimits:
     def __init__(self, controllers: Controllers, name: str, limits: Wanted) -> None:
         """Take what the machine has and what is wanted; ``name`` is a valid domain name."""
         self._controllers = controllers
-        self._name = name
+        self.name = name
         self._held: dict[str, str] = {}
         self.wanted = limits
 
     def _groups(self) -> list[Path]:
-        return [directory / self._name for directory in self._controllers.directories()]
+        return [directory / self.name for directory in self._controllers.directories()]
 
     def apply(self, pid: int) -> None:
         """Put a process, which has no children yet, under the limits. Never raises for a limit."""
@@ -207,11 +207,26 @@ class DomainLimits:
             if kind == NONE:
                 self._held.setdefault(controller, NONE)
                 continue
-            group = self._controllers.found[controller][1] / self._name
+            group = self._controllers.found[controller][1] / self.name
             wrote = [_write(group / file, value) for file, value in values[controller, kind]]
             self._held[controller] = kind if wrote[0] or wrote[-1] else NONE
         if self._controllers.kind("memory") == V2:
-            _write(self._controllers.found["memory"][1] / self._name / "memory.oom.group", 1)
+            _write(self._controllers.found["memory"][1] / self.name / "memory.oom.group", 1)
+
+    def memory_event(self) -> int:
+        """Return a descriptor that is readable once the kernel has ended something for memory.
+
+        Only for version 1 groups, else -1; the caller closes it.
+        """
+        if self._held.get("memory") != V1:
+            return -1
+        group = self._controllers.found["memory"][1] / self.name
+        event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with contextlib.suppress(OSError), open(group / "memory.oom_control") as control:
+            if _write(group / "cgroup.event_control", f"{event} {control.fileno()}"):
+                return event
+        os.close(event)
+        return -1
 
     def limits(self) -> list[Limit]:
         """Return what is in force, and what is not (``by`` is ``none``)."""
@@ -233,7 +248,7 @@ class DomainLimits:
         for controller, names in files.items():
             kind = self._controllers.kind(controller)
             if kind != NONE:
-                group = self._controllers.found[controller][1] / self._name
+                group = self._controllers.found[controller][1] / self.name
                 with contextlib.suppress(OSError, ValueError):
                     counted[controller] = int((group / names[kind]).read_text())
         return counted

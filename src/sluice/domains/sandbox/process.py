@@ -95,6 +95,12 @@ class RunningProcess:
         names = ("memory", "processes", "cpus", "descriptors")
         return [Limit(name, "unlimited", "none") for name in names]
 
+    def change_limits(
+        self, *, memory: int | None = None, processes: int | None = None, cpus: int | None = None
+    ) -> None:
+        """Refuse: nothing holds a limit here."""
+        raise LocalError("domains of kind `process` have no limits")
+
 
 class Process:
     """Starts domains as plain processes, for one system."""
@@ -119,11 +125,12 @@ class Process:
             shutil.rmtree(directory, ignore_errors=True)
             (directory / "bin").mkdir(mode=0o700, parents=True)
             agent_socket = directory / "agent.sock"
-            client = directory / "bin/qrexec-client-vm"
-            client.write_text(
-                _CLIENT.format(launcher=runtime.launcher("qrexec-client-vm"), socket=agent_socket)
-            )
-            client.chmod(0o700)
+            for name in ("qrexec-client-vm", "qvm-connect-tcp"):
+                client = directory / "bin" / name
+                client.write_text(
+                    _CLIENT.format(launcher=runtime.launcher(name), socket=agent_socket)
+                )
+                client.chmod(0o700)
         except OSError as error:
             raise LocalError(f"{domain.name}: cannot be furnished: {error}") from error
         mark = secrets.token_hex(16)

@@ -1,0 +1,197 @@
+"""Sending and receiving a file or a tree over a pipe: ``sluice cp``, both ends.
+
+Theory. A stream of entries. Each has a header (``HEADER``: kind, mode, size, length of the name),
+the name (one component, none for what is at the top), then the bytes of a file. A directory is
+entered by its entry and left by ``UP``. Whoever receives trusts nothing: names are checked,
+everything is made new, relative to an open directory, and no link is ever followed or made. Links
+and special files are left out by the sender. Small programs load this.
+"""
+
+import errno
+import os
+import stat
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HEADER = struct.Struct("<BHQH")
+FILE, DIRECTORY, UP, END = range(4)
+CHUNK = 1 << 18
+MAX_NAME = 255
+MAX_DEPTH = 256
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class CopyError(Exception):
+    """What was sent makes no sense, or could not be read or made. The text may hold a name."""
+
+
+def _write(descriptor: int, data: "bytes | memoryview") -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def send(stream: int, path: str) -> "list[str]":
+    """Send what ``path`` is; returns what was left out. Raises CopyError, BrokenPipeError."""
+    skipped: list[str] = []
+    try:
+        # The one who gave the path may mean a link; below it none is followed.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CopyError(f"{path}: {error.strerror}") from error
+    _send_open(stream, descriptor, b"", skipped, 0)
+    _write(stream, HEADER.pack(END, 0, 0, 0))
+    return skipped
+
+
+def _send_open(stream: int, descriptor: int, name: bytes, skipped: "list[str]", depth: int) -> None:
+    """Send one open file or directory, and close it."""
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode):
+            _send_file(stream, descriptor, name, found)
+        elif stat.S_ISDIR(found.st_mode) and depth < MAX_DEPTH:
+            _write(stream, HEADER.pack(DIRECTORY, found.st_mode & 0o777, 0, len(name)) + name)
+            for below in sorted(map(os.fsencode, os.listdir(descriptor))):
+                try:
+                    opened = os.open(below, _READ, dir_fd=descriptor)
+                except OSError:
+                    skipped.append(os.fsdecode(below))  # a link, a socket, not ours to read
+                    continue
+                _send_open(stream, opened, below, skipped, depth + 1)
+            _write(stream, HEADER.pack(UP, 0, 0, 0))
+        else:
+            skipped.append(os.fsdecode(name))
+    finally:
+        os.close(descriptor)
+
+
+def _send_file(stream: int, descriptor: int, name: bytes, found: os.stat_result) -> None:
+    size = found.st_size
+    _write(stream, HEADER.pack(FILE, found.st_mode & 0o777, size, len(name)) + name)
+    while size:
+        data = os.read(descriptor, min(size, CHUNK))
+        if not data:  # it became shorter meanwhile; the size was promised
+            raise CopyError(f"{os.fsdecode(name)}: changed while it was read")
+        _write(stream, data)
+        size -= len(data)
+
+
+class Receiver:
+    """Takes a stream of entries and makes them below an open directory."""
+
+    def __init__(self, read: "Callable[[int], bytes]", parent: int, top: bytes) -> None:
+        """``read(n)`` returns exactly n bytes or raises; ``top`` is the name of the first entry."""
+        self._read = read
+        self._top = top
+        # Open directories from ``parent`` down, each with the mode it gets when it is left.
+        self._open = [(os.dup(parent), -1)]
+
+    def run(self) -> None:
+        """Receive all. Raises CopyError."""
+        first = True
+        try:
+            while True:
+                kind, mode, size, name_size = HEADER.unpack(self._read(HEADER.size))
+                if kind == END and len(self._open) == 1 and not first:
+                    return
+                if first and name_size:
+                    raise CopyError("the first entry has a name")
+                name = self._top if first else self._name(name_size)
+                if not first and len(self._open) == 1:
+                    raise CopyError("more than one entry at the top")
+                first = False
+                self._entry(kind, mode & 0o777, size, name)
+        finally:
+            while self._open:
+                os.close(self._open.pop()[0])
+
+    def _name(self, size: int) -> bytes:
+        return self._read(size) if 0 < size <= MAX_NAME else b""
+
+    def _entry(self, kind: int, mode: int, size: int, name: bytes) -> None:
+        here = self._open[-1][0]
+        if kind == UP:
+            if len(self._open) < 2:
+                raise CopyError("a directory is left that was not entered")
+            descriptor, left_mode = self._open.pop()
+            os.fchmod(descriptor, left_mode)
+            os.close(descriptor)
+            return
+        if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+            raise CopyError("a name that cannot be")
+        try:
+            if kind == FILE:
+                self._file(here, name, mode, size)
+            elif kind == DIRECTORY and len(self._open) <= MAX_DEPTH:
+                os.mkdir(name, 0o700, dir_fd=here)
+                self._open.append((os.open(name, _DIRECTORY, dir_fd=here), mode | 0o700))
+            else:
+                raise CopyError("an entry of a kind that there is not")
+        except OSError as error:
+            raise CopyError(f"{os.fsdecode(name)}: {error.strerror}") from error
+
+    def _file(self, here: int, name: bytes, mode: int, size: int) -> None:
+        descriptor = os.open(name, _NEW, 0o600, dir_fd=here)
+        try:
+            while size:
+                data = self._read(min(size, CHUNK))
+                _write(descriptor, data)
+                size -= len(data)
+            os.fchmod(descriptor, mode)
+        finally:
+            os.close(descriptor)
+
+
+def receive(stream: int, destination: str) -> None:
+    """Receive as ``destination``, a name that does not exist yet. Raises CopyError."""
+    parent, name = os.path.split(os.path.normpath(destination))
+    try:
+        directory = os.open(parent or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CopyError(f"{parent}: {error.strerror}") from error
+
+    def read(size: int) -> bytes:
+        pieces = []
+        while size:
+            piece = os.read(stream, size)
+            if not piece:
+                raise CopyError("the stream ended too early")
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    try:
+        Receiver(read, directory, os.fsencode(name)).run()
+    finally:
+        os.close(directory)
+
+
+def main(arguments: "list[str]") -> int:
+    """Run ``sluice-copy send PATH`` or ``sluice-copy receive PATH`` inside a domain."""
+    if len(arguments) != 2 or arguments[0] not in ("send", "receive"):
+        os.write(2, b"usage: sluice-copy send|receive PATH\n")
+        return 2
+    home = os.environ.get("HOME", "/")
+    path = os.path.join(home, os.path.expanduser(arguments[1]))
+    try:
+        if arguments[0] == "send":
+            skipped = send(1, path)
+            if skipped:
+                os.write(2, f"left out (not a file or directory): {skipped[0]}\n".encode())
+        else:
+            receive(0, path)
+    except CopyError as error:
+        os.write(2, f"{error}\n".encode("utf-8", "backslashreplace"))
+        return 1
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            os.write(2, f"{error.strerror}\n".encode())
+        return 1
+    return 0

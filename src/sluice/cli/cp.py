@@ -1,0 +1,115 @@
+"""``sluice cp``: copy files between the host and a domain.
+
+Theory. The domain's end is a program inside the domain, with the domain's powers: whatever links
+and names are there, they lead nowhere else. It sends and takes a plain sequence of entries, of
+which the host trusts nothing: names are one component, kinds are file or directory, numbers are
+bounded. The host's end never uses a path that came from the domain; it makes each entry relative to
+an open directory, as something new, and follows no link.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+
+import click
+
+from sluice import runtime
+from sluice.agent.copying import CopyError, receive, send
+from sluice.cli.common import make_running, places, root_option, tell_errors
+from sluice.cli.run import client
+from sluice.domains.model import name_error
+from sluice.domains.paths import Paths
+from sluice.errors import LocalError, RemoteError
+from sluice.wire.names import escape
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination")
+@click.option("--user", "-u", default="DEFAULT", help="Be this user of the domain.")
+@root_option
+@tell_errors
+def command(source: str, destination: str, user: str, root: str | None) -> None:
+    """Copy a file or directory: `sluice cp FILE NAME:PATH`, or `sluice cp NAME:PATH FILE`.
+
+    A PATH that is not absolute begins in the user's home. Existing files are not replaced.
+    """
+    paths = places(root)
+    from_domain, to_domain = split(source), split(destination)
+    if (from_domain is None) == (to_domain is None):
+        raise LocalError("one of the two must be NAME:PATH, the other a file here")
+    if to_domain is not None:
+        copy_in(paths, source, *to_domain, user)
+    elif from_domain is not None:
+        copy_out(paths, *from_domain, destination, user)
+
+
+def split(word: str) -> tuple[str, str] | None:
+    """Return domain and path of ``NAME:PATH``, or None for a place on the host."""
+    name, colon, path = word.partition(":")
+    if not colon or "/" in name or name_error(name):
+        return None
+    return name, path or "."
+
+
+def _program(paths: Paths, name: str, *words: str) -> str:
+    from sluice.cli.shell import in_process_domain
+
+    directory = runtime.INSIDE_BIN
+    if in_process_domain(paths, name):
+        directory = runtime.bin_directory()
+    return shlex.join([f"{directory}/sluice-copy", *words])
+
+
+def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
+    """Send ``source`` into a domain. Raises LocalError or RemoteError."""
+    make_running(paths, name)
+    if not os.path.lexists(source):
+        raise LocalError(f"{source}: no such file")
+    command = client(paths, name, _program(paths, name, "receive", path), user)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stderr is not None
+    with process:
+        try:
+            with process.stdin as stream:
+                send(stream.fileno(), source)
+        except BrokenPipeError:
+            pass  # it says itself why it stopped
+        except CopyError as error:
+            raise LocalError(str(error)) from error
+        said = process.stderr.read(4096)
+    _check(process.returncode, name, said)
+
+
+def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) -> None:
+    """Receive from a domain, as ``destination``. Raises LocalError or RemoteError."""
+    make_running(paths, name)
+    command = client(paths, name, _program(paths, name, "send", path), user)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    failure = ""
+    with process:
+        try:
+            with process.stdout as stream:
+                receive(stream.fileno(), destination)
+        except CopyError as error:
+            failure = str(error)
+        said = process.stderr.read(4096)
+    if said or process.returncode:
+        _check(process.returncode or 1, name, said)
+    if failure:
+        raise RemoteError(f"{name}: {escape(failure)}")
+
+
+def _check(status: int, name: str, untrusted_said: bytes) -> None:
+    if status:
+        said = escape(untrusted_said.strip().split(b"\n")[-1]) or f"ended with {status}"
+        print(f"sluice: {name}: {said}", file=sys.stderr)
+        sys.exit(status)
