@@ -10,6 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+from sluice.policy.evaluation import Allow, Ask, Deny
+from sluice.policy.memory import parse_text
+from sluice.policy.response import direct
+from sluice.policy.rules import Request
 from sluice.policy.system_info import Domain, SystemInfo
 from sluice.wire.names import NIL_UUID
 
@@ -120,3 +126,51 @@ def vectors() -> list[Vector]:
             )
         )
     return found
+
+
+def decide(
+    rules: str,
+    source: str,
+    target: str,
+    call: str = "t.S",
+    *,
+    requested: str | None = None,
+    info: SystemInfo = FIXTURE,
+) -> Allow | Ask | Deny:
+    """Return what a policy of these rules answers; ``U(name)`` is expanded."""
+    policy = parse_text(expand(rules, info))
+    return policy.evaluate(Request.of(call, source, expand(target, info), requested), info)
+
+
+def brief(resolution: Allow | Ask | Deny, info: SystemInfo = FIXTURE) -> str:
+    """Return an answer in a line, as the tables of the tests spell it.
+
+    ``allow TARGET [user=U] [no-autostart] [notify]``; ``ask {A,B} [default=D] ...``;
+    ``deny CAUSE [silent]``.
+    """
+    settled: Allow | Ask | Deny = resolution
+    if isinstance(resolution, Allow):
+        directed = direct(resolution, info)
+        if isinstance(directed, Deny):
+            settled = directed
+    if isinstance(settled, Deny):
+        return f"deny {settled.cause}" + ("" if settled.notify else " silent")
+    if isinstance(settled, Ask):
+        words = ["ask {" + ",".join(settled.candidates) + "}"]
+        if settled.default_target:
+            words.append(f"default={settled.default_target}")
+    else:
+        words = [f"allow {settled.target}"]
+    if settled.user:
+        words.append(f"user={settled.user}")
+    if not settled.autostart:
+        words.append("no-autostart")
+    if settled.notify:
+        words.append("notify")
+    return " ".join(words)
+
+
+def spec_param(line: str, *values: object) -> object:
+    """Return a parameter set of a test that shows a line (or several, by spaces) of the spec."""
+    lines = [name if name.startswith("POL-") else f"POL-{name}" for name in line.split()]
+    return pytest.param(*values, marks=pytest.mark.spec(*lines), id=f"{lines[0]}-{values[0]}"[:60])
