@@ -35,7 +35,7 @@ WARNING = (
     "NO ISOLATION: domains of kind `process` run as your own user, with your files, your network"
     " and your processes in reach. For tests only."
 )
-_DIRECTORIES = ("run", "home", "rw", "usr/local/bin", "etc/qubes-rpc", "etc/qubes/rpc-config")
+_DIRECTORIES = ("run", "home/user", "rw", "usr/local/bin", "etc/qubes-rpc", "etc/qubes/rpc-config")
 _SERVICES = ("run/qubes-rpc", "usr/local/etc/qubes-rpc", "etc/qubes-rpc")
 _CONFIGURATION = ("run/qubes/rpc-config", "usr/local/etc/qubes/rpc-config", "etc/qubes/rpc-config")
 # A wrapper, so that clients find the agent of this domain and not one of the host.
@@ -170,7 +170,7 @@ class Process:
         path = f"{directory / 'bin'}:{root / 'usr/local/bin'}:{runtime.bin_directory()}"
         return base | {
             "PATH": f"{path}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-            "HOME": str(root) + etc.home(domain.default_user),
+            "HOME": str(root / "home/user"),  # whoever we are, as in every other kind
             "QREXEC_SERVICE_PATH": below(_SERVICES),
             "QUBES_RPC_CONFIG_PATH": below(_CONFIGURATION),
             "SLUICE_PROCESS_ROOT": str(root),
