@@ -9,6 +9,7 @@ shell's ``head -c N /dev/zero | cat > /dev/null`` of the same size, taken in the
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 
@@ -74,6 +75,13 @@ class Pipeline:
         self.fds += pair
         return pair
 
+    def socketpair(self) -> tuple[int, int]:
+        """Make a pair of sockets in the place of a pipe."""
+        one, other = socket.socketpair()
+        pair = (one.detach(), other.detach())
+        self.fds += pair
+        return pair
+
     def spawn(self, arguments: list[str], stdin: int, stdout: int) -> None:
         """Start a program with these as its standard descriptors."""
         actions = [
@@ -126,15 +134,19 @@ def plain(size: int, block: int, relays: int = 0) -> float:
     return size / line.wait(begin)
 
 
-def framed(size: int, block: int, direction: str) -> float:
-    """Bytes a second through caller and service in one direction."""
+def framed(size: int, block: int, direction: str, *, sockets: bool = False) -> float:
+    """Bytes a second through caller and service in one direction.
+
+    sockets: the command's streams are socket pairs, as an agent makes them; else pipes.
+    """
     from sluice.vchan.passed import make_pair
 
     line = Pipeline()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     line.fds.append(null)
     begin = time.perf_counter()
-    source, sink = line.pipe(), line.pipe()
+    source = line.socketpair() if sockets and direction == "down" else line.pipe()
+    sink = line.socketpair() if sockets and direction == "up" else line.pipe()
     first, second = make_pair()
     line.fds += [*first, *second]
     if direction == "up":
@@ -175,6 +187,13 @@ def main() -> None:
             f"framed, {words}",
             "B/s",
             lambda d=direction: framed(size, 65536, d),
+            reference="head | cat",
+            goal="0.5",
+        )
+        table.add(
+            f"framed on sockets, {words}",
+            "B/s",
+            lambda d=direction: framed(size, 65536, d, sockets=True),
             reference="head | cat",
             goal="0.5",
         )

@@ -49,12 +49,18 @@ def borrow_pipe() -> tuple[int, int] | None:
 
 
 def return_pipe(pipe: tuple[int, int], empty: bool) -> None:
-    """Give a pipe back; it is kept only if it is ``empty``."""
+    """Give a pipe back; it is kept only if it is ``empty``.
+
+    What were left in it would go to another call, so that is not taken on trust.
+    """
     if empty and len(_pipes) < _KEEP:
-        _pipes.append(pipe)
-    else:
-        os.close(pipe[0])
-        os.close(pipe[1])
+        try:
+            os.read(pipe[0], 1)
+        except BlockingIOError:
+            _pipes.append(pipe)
+            return
+    os.close(pipe[0])
+    os.close(pipe[1])
 
 
 def splice(source: int, sink: int, most: int) -> int:
