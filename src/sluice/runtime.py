@@ -22,6 +22,10 @@ INSIDE_BIN = INSIDE + "/bin"
 # The interpreter that runs everything, because it is the one a domain sees.
 INTERPRETER = "/usr/bin/python3"
 
+# Where Debian keeps the libraries of its own packages. Fedora's are found by the interpreter's
+# version, and nothing of ours needs them there.
+DIST_PACKAGES = "/usr/lib/python3/dist-packages"
+
 
 def package_directory() -> str:
     """Return the directory of the package ``sluice`` that is running, without links."""
@@ -67,9 +71,10 @@ def add_site_packages() -> None:
     """Put the libraries on ``sys.path``; for large programs that were started with ``-I -S``.
 
     The directory is appended as it stands: its ``.pth`` files are not run, which saves their time
-    and their power. Without a directory of ours the system's ``dist-packages`` are added.
+    and their power. After it come the system's ``dist-packages``: filters and bindings (systemd)
+    that the distribution installed are found there, and no library of ours is replaced by them.
     """
     found = site_packages()
-    for directory in (found,) if found else ("/usr/lib/python3/dist-packages",):
-        if directory not in sys.path:
+    for directory in (found, DIST_PACKAGES):
+        if directory and directory not in sys.path:
             sys.path.append(directory)

@@ -1,0 +1,139 @@
+"""A bare Debian around a package: a root of its own with dpkg, a shell and Python, and no network.
+
+Nothing of the machine's libraries for Python is in it, so that what runs there runs with what the
+package carries. It is made of read-only mounts by bubblewrap and needs no right of root.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = (
+    "bash", "cat", "chmod", "cp", "date", "dash", "diff", "dirname", "dpkg", "dpkg-deb",
+    "dpkg-divert", "dpkg-query", "dpkg-split", "env", "false", "find", "grep", "head", "id", "ls",
+    "mkdir", "mktemp", "mv", "python3.11", "readlink", "rm", "rmdir", "sed", "sh", "sha256sum",
+    "sleep", "sort", "systemctl", "tar", "tee", "touch", "tr", "true", "uname", "wc", "xz",
+)  # fmt: skip
+SYSTEM_PROGRAMS = ("ldconfig", "start-stop-daemon")
+# What the package may depend on; these are taken to be installed as they are on this machine.
+PRESENT = ("python3", "libc6", "libgcc-s1", "libstdc++6", "libseccomp2")
+
+# The other end of a call in a Qubes VM: notes how it was called and runs /srv/SERVICE.
+CLIENT = """#!/bin/sh
+printf '%s\\n' "$*" >> /srv/calls
+[ "$1" = "--" ] && shift
+[ -x "/srv/${2%%+*}" ] || exit 127
+exec "/srv/${2%%+*}"
+"""
+
+
+def reason_against() -> str | None:
+    """Return why a bare Debian cannot be made here, or None."""
+    if shutil.which("dpkg-deb") is None or shutil.which("dpkg") is None:
+        return "dpkg is not installed: this machine cannot build or install Debian packages"
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    if not _libraries().is_dir():
+        return "the libraries are not where Debian has them"
+    return None
+
+
+def _libraries() -> Path:
+    return Path("/usr/lib") / (sysconfig.get_config_var("MULTIARCH") or "none")
+
+
+class BareDebian:
+    """A root directory; ``run`` runs something in it as its root."""
+
+    def __init__(self) -> None:
+        """Lay it out."""
+        self.root = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
+        for name in ("dpkg/info", "dpkg/updates", "dpkg/triggers"):
+            (self.root / "var/lib" / name).mkdir(parents=True)
+        (self.root / "var/lib/dpkg/status").write_text(_status())
+        for name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "srv", "tmp", "root",
+                     "run", "var/log"):  # fmt: skip
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (self.root / name).symlink_to(f"usr/{name}")
+        (self.root / "usr/bin/python3").symlink_to("python3.11")
+        (self.root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+        self.script("usr/bin/qrexec-client-vm", CLIENT)
+        self.run("true")
+
+    def script(self, name: str, text: str) -> None:
+        """Write an executable file."""
+        path = self.root / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(
+        self,
+        *command: str,
+        data: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/root",
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a command and return what came of it."""
+        environment = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        environment.update(env or {})
+        options = ["--bind", str(self.root), "/"]
+        for name in PROGRAMS:
+            if os.path.exists(f"/usr/bin/{name}"):
+                options += ["--ro-bind", os.path.realpath(f"/usr/bin/{name}"), f"/usr/bin/{name}"]
+        for name in SYSTEM_PROGRAMS:
+            if found := shutil.which(name, path="/usr/sbin:/sbin"):
+                options += ["--ro-bind", os.path.realpath(found), f"/usr/sbin/{name}"]
+        for directory in ("/usr/lib/python3.11", str(_libraries()), "/usr/lib64"):
+            if os.path.isdir(directory):
+                options += ["--ro-bind", directory, directory]
+        options += ["--dev", "/dev", "--proc", "/proc", "--chdir", cwd, "--clearenv"]
+        for key, value in environment.items():
+            options += ["--setenv", key, value]
+        return subprocess.run(
+            ["bwrap", "--unshare-all", "--uid", "0", "--gid", "0", "--die-with-parent",
+             "--new-session", *options, "--", *command],
+            input=data, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    def check(self, *command: str, data: bytes = b"") -> bytes:
+        """Run a command that must succeed, and return what it printed."""
+        done = self.run(*command, data=data)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    def contents(self) -> set[str]:
+        """Return every path, without dpkg's own records and what the stand-ins wrote."""
+        found = set()
+        for directory, below, names in os.walk(self.root):
+            for name in (*below, *names):
+                found.add(str(Path(directory, name).relative_to(self.root)))
+        ours = ("var/lib/dpkg", "srv/", "tmp/", "dev", "proc")
+        return {name for name in found if not name.startswith(ours)}
+
+    def remove(self) -> None:
+        """Take it away."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _status() -> str:
+    text = ""
+    for name in PRESENT:
+        done = subprocess.run(
+            ["dpkg-query", "-W", "-f", "${Version} ${Architecture}", name],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode == 0:
+            version, architecture = done.stdout.split()[:2]
+            text += (
+                f"Package: {name}\nStatus: install ok installed\nMaintainer: x <x@x.x>\n"
+                f"Architecture: {architecture}\nVersion: {version}\nDescription: x\n\n"
+            )
+    return text
