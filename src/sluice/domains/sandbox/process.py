@@ -171,6 +171,7 @@ class Process:
         return base | {
             "PATH": f"{path}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
             "HOME": str(root / "home/user"),  # whoever we are, as in every other kind
+            "XDG_STATE_HOME": str(root / "home/user/.local/state"),
             "QREXEC_SERVICE_PATH": below(_SERVICES),
             "QUBES_RPC_CONFIG_PATH": below(_CONFIGURATION),
             "SLUICE_PROCESS_ROOT": str(root),
