@@ -24,6 +24,7 @@ LAZY: dict[str, str] = {
     "doctor": "sluice.cli.doctor:command",
     "proxy": "sluice.cli.proxy:command",
     "policy": "sluice.cli.policy:command",
+    "service": "sluice.cli.service:command",
 }
 
 
