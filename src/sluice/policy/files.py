@@ -6,16 +6,16 @@ the request, nor from half of a change. There are no watches, which come late an
 * Every path that reading a set has looked at, whether it was there or not, is *stamped*: mtime,
   size, inode, ctime, device, mode. Before each decision the stamps are compared (a microsecond a
   file); if all are equal, the policy in memory is that on the disk.
-* If not, the set is read again, and used only if the stamps before and after reading agree and the
-  newest change is at least ``QUIET`` old. A file that is truncated and then written is, for a
-  moment, a prefix of itself: it parses, and may allow what its end denies.
+* If not, the set is read again, and used only once it has been seen unchanged for ``QUIET``, and
+  was read after that time with equal stamps before and after. A file that is truncated and then
+  written is, for a moment, a prefix of itself: it parses, and may allow what its end denies.
 * Who changes several files at once holds the directory's lock (flock) exclusively; reading takes it
   shared, and waits otherwise.
 
-Until then requests wait, ``PATIENCE`` at most; then they are denied. The change time is the
-kernel's and cannot be set. Where the clock was set back it lies in the future; then a set counts as
-quiet once it was seen unchanged for ``QUIET`` by the monotonic clock. The age is taken *before*
-reading: two changes within one tick of the kernel's clock have equal stamps.
+Until then requests wait, ``PATIENCE`` at most; then they are denied. That a change time is old is
+no sign of rest: truncating sets the size first and the time a little later, so that for some
+microseconds a file of last year is empty (seen). And two changes within one tick of the kernel's
+clock have equal stamps, which is why reading comes after the waiting.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from sluice.policy.evaluation import Policy
 from sluice.policy.loader import DIRECTORIES, LEGACY_DIRECTORY, Loader, parse_file
 from sluice.policy.parser import Parsed
 from sluice.policy.problems import PolicyLoadError, PolicySyntaxError
+from sluice.policy.rules import Rule
 
 QUIET = 0.1
 PATIENCE = 2.0
@@ -114,10 +115,6 @@ class DiskFiles:
         """Tell whether everything that was looked at is still as it was."""
         return all(stamp(path) == before for path, before in self.stamps.items())
 
-    def newest(self) -> int:
-        """Return the latest change time of all, in nanoseconds since the epoch; 0 for none."""
-        return max((found[3] for found in self.stamps.values() if found), default=0)
-
 
 class Snapshot:
     """One reading of a set: the policy or the error, and the stamps that it holds for."""
@@ -146,7 +143,6 @@ class PolicyStore:
         legacy_directory: str | os.PathLike[str] = LEGACY_DIRECTORY,
         quiet: float = QUIET,
         patience: float = PATIENCE,
-        wall_clock_ns: Callable[[], int] = time.time_ns,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -156,11 +152,10 @@ class PolicyStore:
         self.generation = 0
         self._quiet = quiet
         self._patience = patience
-        self._wall_clock_ns = wall_clock_ns
         self._clock = clock
         self._sleep = sleep
         self._snapshot: Snapshot | None = None
-        self._seen: tuple[float, dict[str, Stamp]] | None = None
+        self._candidate: tuple[float, Snapshot] | None = None
         self._parsed: dict[tuple[str, tuple[str, str] | None], tuple[bytes, Parsed]] = {}
         self._reloading: asyncio.Future[None] | None = None
 
@@ -229,22 +224,22 @@ class PolicyStore:
         with self._locked() as locked:
             if not locked:
                 return RETRY
-            began = (self._wall_clock_ns(), self._clock())
+            began = self._clock()
             snapshot = self._read()
             if not snapshot.files.unchanged():
-                self._seen = None
+                self._candidate = None
                 return RETRY
-            wait = self._until_quiet(snapshot.files, *began)
-            if wait:
-                return wait
-        self._seen = None
-        if isinstance(snapshot.error, PolicyError) and not isinstance(
-            snapshot.error, PolicySyntaxError
-        ):
+        if self._candidate is None or self._candidate[1].files.stamps != snapshot.files.stamps:
+            self._candidate = (began, snapshot)
+        waited = began - self._candidate[0]
+        if waited < self._quiet:
+            return self._quiet - waited
+        if snapshot.error is not None and not isinstance(snapshot.error, PolicySyntaxError):
             # Not kept: what cannot be read now (descriptors, memory) may be readable next time
-            # without any stamp having changed.
+            # without any stamp having changed. The candidate stays: it has rested.
             self._snapshot = None
             raise snapshot.error
+        self._candidate = None
         self.generation += 1
         self._snapshot = snapshot
         return 0.0
@@ -265,23 +260,17 @@ class PolicyStore:
         )
         try:
             loaded = loader.load()
-            snapshot = Snapshot(files, Policy(loaded.rules, loaded.warnings), None)
+            policy = self._same(loaded.rules) or Policy(loaded.rules, loaded.warnings)
+            snapshot = Snapshot(files, policy, None)
         except PolicyError as error:
             snapshot = Snapshot(files, None, error)
         self._parsed = used
         return snapshot
 
-    def _until_quiet(self, files: DiskFiles, wall_ns: int, now: float) -> float:
-        """Return how long the newest change must still age, 0 if it was old enough then."""
-        age = (wall_ns - files.newest()) / 1e9
-        if age >= self._quiet:
-            return 0.0
-        if self._seen is None or self._seen[1] != files.stamps:
-            self._seen = (now, files.stamps)
-        waited = now - self._seen[0]
-        if waited >= self._quiet:
-            return 0.0
-        return max(0.001, min(self._quiet - max(age, 0.0), self._quiet - waited))
+    def _same(self, rules: list[Rule]) -> Policy | None:
+        """Return the policy made before the waiting, if it has these very rules: no new index."""
+        policy = self._candidate[1].policy if self._candidate else None
+        return policy if policy is not None and policy.rules == tuple(rules) else None
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
