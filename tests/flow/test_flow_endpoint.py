@@ -271,7 +271,7 @@ def test_pipes_shared_with_others_keep_their_flags(driver: Driver) -> None:
 
 
 def test_the_tests_leave_nothing_open(driver: Driver) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     pid, call = spawn(driver, 0, 1)
     os.kill(pid, signal.SIGKILL)
     status_of(pid)

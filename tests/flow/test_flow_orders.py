@@ -43,7 +43,7 @@ def service_events(call: Call) -> dict[str, Callable[[], None]]:
 @pytest.mark.parametrize("transport", ["passed", "socket"])
 @pytest.mark.spec("WIRE-193", "WIRE-198")
 def test_service_side_ends_in_every_order(driver: Driver, transport: str, settle: bool) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     for order in permutations(
         ("remote eof", "stdout eof", "stderr eof", "exit", "peer gone", "stdin reader gone")
     ):
@@ -76,7 +76,7 @@ def test_service_side_ends_as_soon_as_it_can(driver: Driver) -> None:
 @pytest.mark.parametrize("settle", [True, False])
 @pytest.mark.spec("WIRE-194")
 def test_socket_service_ends_in_every_order(driver: Driver, settle: bool) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     for order in permutations(("remote eof", "service eof", "service gone", "peer gone")):
         call = Call(driver, caller=False, stdin="socket", stdout="same", stderr=False)
         events = {
@@ -120,7 +120,7 @@ def caller_status(order: tuple[str, ...], process: bool) -> int:
 def test_caller_side_ends_in_every_order(
     driver: Driver, transport: str, process: bool, settle: bool
 ) -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     for order in permutations((*CALLER, "local exit") if process else CALLER):
         call = Call(driver, caller=True, transport=transport, has_process=process)
         events = caller_events(call)
