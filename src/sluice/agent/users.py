@@ -50,7 +50,7 @@ class Account:
         try:
             entry = pwd.getpwnam(os.fsdecode(user))
         except (KeyError, ValueError):
-            raise ServiceError(f"there is no user {escape(user)!r} here") from None
+            raise ServiceError(f"there is no user '{escape(user)}' here") from None
         self.name = user
         self.uid = entry.pw_uid
         self.gid = entry.pw_gid
@@ -79,8 +79,8 @@ class OwnUser:
     def _check(self, user: bytes) -> None:
         if user != self.name:
             raise ServiceError(
-                f"refused to run as {escape(user)!r}: this agent can run things as"
-                f" {escape(self.name)!r} only"
+                f"refused to run as '{escape(user)}': this agent can run things as"
+                f" '{escape(self.name)}' only"
             )
 
     def program(self, user: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> Start:

@@ -36,7 +36,7 @@ def parse_port(text: bytes) -> int:
         port = int(text)
         if port <= 65535:
             return port
-    raise ServiceError(f"bad TCP port {escape(text)!r}")
+    raise ServiceError(f"bad TCP port '{escape(text)}'")
 
 
 def tcp_address(target: bytes, argument: bytes | None) -> tuple[bytes, int]:

@@ -113,7 +113,7 @@ def _parse_line(line: bytes, file: str, number: int) -> tuple[str, Value]:
     while size < len(line) and line[size] in _KEY_BYTES:
         size += 1
     if not size or line[0] not in _LETTERS:
-        raise bad(f"no setting can begin with {escape(line[:1])!r}")
+        raise bad(f"no setting can begin with '{escape(line[:1])}'")
     key = line[:size].decode("ascii")
     rest = line[size:].lstrip(_BLANKS)
     if rest[:1] != b"=":
@@ -133,7 +133,7 @@ def _parse_line(line: bytes, file: str, number: int) -> tuple[str, Value]:
         parsed = _parse_word(word)
         if parsed is None:
             hint = "strings are written in single quotes" if word else None
-            raise bad(f"bad value {escape(word)!r}" if word else "no value", key, hint)
+            raise bad(f"bad value '{escape(word)}'" if word else "no value", key, hint)
         value = parsed
     tail = tail.lstrip(_BLANKS)
     if tail and tail[:1] != b"#":

@@ -1,0 +1,119 @@
+"""qubes-rpc-multiplexer: the wrapper of older releases."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+from tests.support.agent import BIN, DEADLINE, Place, a_place, as_user, until
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    with a_place() as made:
+        yield made
+
+
+def run(place: Place, *words: str, data: bytes = b"") -> tuple[int, bytes, bytes]:
+    environment = place.environment(QREXEC_FOO="stale")
+    environment["PATH"] = f"{place.path}/bin:{environment['PATH']}"
+    done = subprocess.run(
+        as_user([str(BIN / "qubes-rpc-multiplexer"), *words]),
+        input=data,
+        capture_output=True,
+        env=environment,
+        timeout=DEADLINE,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_program_takes_its_place(place: Place) -> None:
+    (place.path / "bin").mkdir()
+    logged = place.path / "run" / "logged"
+    place.service(
+        "logger", f'#!/bin/sh\n(echo "$@"; cat) >{logged}.new\nmv {logged}.new {logged}\n', "bin"
+    )
+    place.service(
+        "test.S",
+        "#!/bin/sh\nread x\n"
+        'echo "$x $1 $QREXEC_REMOTE_DOMAIN $QREXEC_REQUESTED_TARGET ${QREXEC_FOO-unset}"\n'
+        "echo oops >&2; exit 4\n",
+    )
+    status, out, err = run(place, "test.S+arg", "work", "name", "vault", data=b"in\n")
+    assert (status, out, err) == (4, b"in arg work vault unset\n", b"")
+    until(logged.exists, "the log")
+    assert logged.read_text() == "-t test.S+arg-work\noops\n"
+
+
+def test_a_pipe_that_breaks_kills_the_service(place: Place) -> None:
+    """SIGPIPE is not ignored in it, although Python ignores it."""
+    place.service("test.S", "#!/bin/sh\ngrep SigIgn /proc/$$/status\n")
+    assert int(run(place, "test.S", "work")[1].split()[1], 16) & (1 << 12) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ([], 125),
+        (["test.S"], 125),
+        (["test.S", "work", "name"], 125),
+        (["test.S", ""], 125),
+        (["test.None", "work"], 127),
+        (["test.Bad", "work"], 127),
+        (["+x", "work"], 125),
+    ],
+)
+def test_failures(place: Place, words: list[str], status: int) -> None:
+    place.service("test.S", "#!/bin/sh\n")
+    place.service("test.Bad", "#!/no/such\n")
+    assert run(place, *words)[0] == status
+
+
+def test_a_socket_service(place: Place) -> None:
+    listener = place.listen("rpc/test.S")
+    received = []
+
+    def serve() -> None:
+        connection = listener.accept()[0]
+        data = b""
+        while piece := connection.recv(65536):
+            data += piece
+        received.append(data)
+        connection.sendall(b"answer")
+        connection.shutdown(socket.SHUT_WR)
+        connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert run(place, "test.S+a", "work", data=b"x" * 300000) == (0, b"answer", b"")
+    thread.join(DEADLINE)
+    assert received == [b"test.S+a work\0" + b"x" * 300000]
+
+
+def test_a_socket_service_that_ends_first(place: Place) -> None:
+    listener = place.listen("rpc/test.S")
+
+    def serve() -> None:
+        connection = listener.accept()[0]
+        connection.recv(100)
+        connection.sendall(b"bye")
+        connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    process = subprocess.Popen(
+        as_user([str(BIN / "qubes-rpc-multiplexer"), "test.S", "work"]),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=place.environment(),
+    )
+    place._processes.append(process)
+    assert process.stdout is not None
+    assert process.stdout.read() == b"bye"
+    # Its stdin is still open: the service has gone, nothing more can come of it.
+    assert process.wait(DEADLINE) == 0
+    thread.join(DEADLINE)
