@@ -27,7 +27,7 @@ def make(request: pytest.FixtureRequest, each_driver: Driver) -> Iterator[Callab
     yield build
     for call in made:
         call.close()
-    assert count_fds() <= before + (each_driver.kind == "asyncio")
+    assert count_fds() <= before
 
 
 @pytest.mark.spec("WIRE-246")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import socket
 import sys
 import time
@@ -10,7 +12,7 @@ import time
 import pytest
 from tests.support.flow import Call, Driver, End, pattern
 
-from sluice.flow import spare
+from sluice.flow import endpoint, spare
 from sluice.flow.pump import Pump
 from sluice.flow.reactor import Reactor
 from sluice.wire import messages as m
@@ -143,8 +145,6 @@ def test_idle_calls_hold_no_buffers(driver: Driver) -> None:
 
 
 def test_a_pipe_that_carries_much_is_grown(driver: Driver) -> None:
-    import fcntl
-
     call = Call(driver, caller=False, has_process=True)
     before = fcntl.fcntl(call.peer.read_fd, fcntl.F_GETPIPE_SZ)
     data = pattern(3_000_000)
@@ -158,10 +158,44 @@ def test_a_pipe_that_carries_much_is_grown(driver: Driver) -> None:
     call.close()
 
 
+def test_few_pipes_are_grown_at_one_time(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process takes of its user's pipe pages is bounded, and given back by closing."""
+    monkeypatch.setattr(endpoint, "_GROWN_MOST", 3)
+    monkeypatch.setattr(endpoint, "_grown_now", 0)
+    ends = [endpoint.Endpoint(driver.loop, fd) for _ in range(3) for fd in os.pipe2(os.O_CLOEXEC)]
+    for end in ends:
+        end.grow()
+        end.grow()
+    sizes = [fcntl.fcntl(end.fd, fcntl.F_GETPIPE_SZ) for end in ends]
+    assert sum(size > 65536 for size in sizes) <= 6
+    assert endpoint._grown_now <= 3
+    for end in ends:
+        end.close()
+        end.grow()
+    assert endpoint._grown_now == 0
+
+
+def test_being_refused_more_room_is_normal(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.fcntl
+
+    def refuse(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETPIPE_SZ:
+            refused.append(fd)
+            raise PermissionError(1, "Operation not permitted")
+        return real(fd, command, argument)
+
+    refused: list[int] = []
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    call = Call(driver, caller=False, has_process=True)
+    data = pattern(3_000_000)
+    call.stdout.write(data)
+    driver.until(lambda: call.peer.stream(m.DATA_STDOUT) == data)
+    assert refused
+    call.close()
+
+
 def test_out_of_descriptors_only_copies(driver: Driver) -> None:
     """Without a pipe to splice through, large payloads are copied."""
-    import resource
-
     call = Call(driver, caller=False, has_process=True)
     while spare._pipes:
         spare.return_pipe(spare._pipes.pop(), False)
