@@ -1,0 +1,775 @@
+# ruff: noqa: E501  (what runs inside is written as it runs there)
+"""Attempts to get out of a domain, or across to another: each one fails, in each of three modes.
+
+Each test says in a sentence what it tries. Numbers of system calls are those of x86-64; on other
+machines those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import pty
+import re
+import select
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.sandbox import MODES, Machine, machine, wait_for
+
+pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+
+SETTINGS = """
+[domains.work]
+features = { "sandbox.pids-max" = "200" }
+maxmem = 400
+[domains.work.files]
+"/rw/planted/laid" = "laid"
+[domains.peer]
+[domains.peer.files]
+"/usr/local/etc/qubes-rpc/test.Who" = "who"
+"/usr/local/etc/qubes-rpc/test.Descriptors" = "descriptors"
+"/usr/local/etc/qubes-rpc/test.Environment" = "environment"
+"""
+POLICY = """\
+test.Who * work peer allow
+test.Descriptors * work peer allow
+test.Environment * work peer allow
+"""
+FILES = {
+    "laid": "laid\n",
+    "who": '#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN"\n',
+    # Waits for a byte, so that what was sent with it has arrived.
+    "descriptors": "#!/bin/sh\nread -r _\nls /proc/self/fd | wc -l\n",
+    "environment": "#!/bin/sh\nenv\n",
+}
+
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
+
+
+@pytest.fixture(scope="module", params=MODES)
+def inside(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A system with the domains ``work``, which is hostile, and ``peer``."""
+    with machine(request.param, SETTINGS, POLICY, FILES) as made:
+        yield made
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("CORE-166")
+def test_the_peers_tree_by_its_host_path(inside: Machine) -> None:
+    """Opens the private tree of another domain by the path it has on the host."""
+    path = inside.root / "state/appvms/peer/private/home"
+    assert path.exists()
+    assert inside.value(f"attempt(os.listdir, {str(path)!r})") == "ENOENT"
+
+
+@pytest.mark.spec("CORE-166", "CORE-169")
+def test_files_of_the_host(inside: Machine) -> None:
+    """Opens the host's password hashes, root's home, its logs and its boot files."""
+    for path in (
+        "/etc/shadow",
+        "/etc/ssh",
+        "/root/.ssh",
+        "/var/log/syslog",
+        "/boot",
+        "/sys/kernel",
+    ):
+        assert inside.value(f"attempt(os.stat, {path!r})") in ("ENOENT", "EACCES"), path
+
+
+@pytest.mark.spec("CORE-179")
+def test_etc_is_the_allow_list(inside: Machine) -> None:
+    """Looks for anything in /etc beyond the allowed and the generated names."""
+    from sluice.domains.sandbox import etc
+
+    expected = {name.split("/")[0] for name in (*etc.ALLOWED, *etc.MERGED)}
+    expected |= {"passwd", "group", "hosts", "hostname", "nsswitch.conf", "resolv.conf"}
+    expected.add("machine-id")
+    found = set(inside.value("' '.join(os.listdir('/etc'))").split())
+    assert found <= expected
+    assert {"passwd", "group", "hosts", "machine-id"} <= found
+    users = inside.value("[l.split(':')[0] for l in open('/etc/passwd')]")
+    assert users == str(
+        ["user", "nobody"] if inside.mode == "single" else ["root", "user", "nobody"]
+    )
+    own = Path("/etc/machine-id")
+    if own.exists():
+        assert inside.value("open('/etc/machine-id').read().strip()") != own.read_text().strip()
+
+
+def test_system_directories_cannot_be_written(inside: Machine) -> None:
+    """Writes into /usr, /etc, /, /usr/lib/sluice and the dynamic linker's preload file."""
+    for place in ("/usr/bin/x", "/etc/x", "/x", "/usr/lib/sluice/sluice/x", "/etc/ld.so.preload"):
+        assert inside.value(f"attempt(open, {place!r}, 'w')") in ("EROFS", "EACCES"), place
+
+
+def test_the_hosts_temporary_files(inside: Machine) -> None:
+    """Looks in /tmp and /dev/shm for what the host has there."""
+    assert inside.root.parent == Path("/tmp")
+    assert inside.value(f"{inside.root.name!r} in os.listdir('/tmp')") == "False"
+    assert inside.value("os.listdir('/dev/shm')") == "[]"
+
+
+def test_hard_link_to_a_file_of_the_template(inside: Machine) -> None:
+    """Makes a hard link from the persistent tree to a file of the host's /usr."""
+    code = "attempt(os.link, '/usr/bin/env', '/home/user/env')"
+    assert inside.value(code) in ("EXDEV", "EPERM")
+
+
+def test_handles_instead_of_paths(inside: Machine) -> None:
+    """Opens a file by handle, which would pass by every directory."""
+    assert inside.value("call(303, -100, b'/', None, None, 0)") == "EPERM"
+    assert inside.value("call(304, 0, None, 0)") == "EPERM"
+
+
+def test_changing_the_root(inside: Machine) -> None:
+    """Changes the root directory to climb out of it."""
+    assert inside.value("attempt(os.chroot, '/tmp')") == "EPERM"
+
+
+def test_the_root_of_process_one(inside: Machine) -> None:
+    """Follows /proc/1/root, hoping that process 1 has another root than ours."""
+    assert inside.value("attempt(os.listdir, '/proc/1/root/etc')") in ("EACCES", "EPERM")
+
+
+def test_leaving_by_dot_dot(inside: Machine) -> None:
+    """Climbs with .. from a directory that was opened before, beyond the root."""
+    code = "d = os.open('/', os.O_RDONLY)\nfor _ in range(40): d = os.open('..', os.O_RDONLY, dir_fd=d)\nprint(sorted(os.listdir(d)) == sorted(os.listdir('/')))"
+    assert inside.python(code) == "True"
+
+
+# --- sockets and networks --------------------------------------------------------------------
+
+
+@pytest.mark.spec("CORE-169")
+def test_sockets_of_the_adminvm(inside: Machine) -> None:
+    """Connects to the AdminVM's socket and to the daemons' by the paths they have on the host."""
+    for name in ("control.sock", "daemon/qrexec.peer", "daemon/qrexec.work"):
+        path = inside.root / "run" / name
+        assert path.exists()
+        code = f"attempt(socket.socket(socket.AF_UNIX).connect, {str(path)!r})"
+        assert inside.value(code) == "ENOENT"
+
+
+def test_a_socket_of_the_host_by_path(inside: Machine) -> None:
+    """Connects to a socket that a host process has below /tmp, and to the usual system sockets."""
+    path = inside.root / "s"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        path.chmod(0o777)
+        for place in (
+            str(path),
+            "/run/dbus/system_bus_socket",
+            "/run/docker.sock",
+            "/tmp/.X11-unix/X0",
+        ):
+            code = f"attempt(socket.socket(socket.AF_UNIX).connect, {place!r})"
+            assert inside.value(code) == "ENOENT"
+
+
+@pytest.mark.spec("CORE-166", "CORE-167")
+def test_abstract_sockets(inside: Machine) -> None:
+    """Connects to an abstract socket of the host, and to one of the other domain."""
+    name = f"sluice-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0" + name)
+        server.listen()
+        code = f"attempt(socket.socket(socket.AF_UNIX).connect, chr(0) + {name!r})"
+        assert inside.value(code) == "ECONNREFUSED"
+    listen = "import socket,sys; s=socket.socket(socket.AF_UNIX); s.bind(chr(0)+'peers'); s.listen(); print(flush=True); sys.stdin.read()"
+    with listening(inside, "peer", listen):
+        code = "attempt(socket.socket(socket.AF_UNIX).connect, chr(0) + 'peers')"
+        assert inside.value(code, "peer") == "THROUGH"
+        assert inside.value(code) == "ECONNREFUSED"
+
+
+class listening:
+    """Runs Python in a domain that prints a line when it is ready and ends with its input."""
+
+    def __init__(self, inside: Machine, domain: str, code: str) -> None:
+        command = inside.command(f"/usr/bin/python3 -c {shlex.quote(code)}", domain)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=inside.environment, cwd="/"
+        )
+
+    def __enter__(self) -> listening:
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(20)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.mark.spec("CORE-167")
+def test_ports_of_the_host(inside: Machine) -> None:
+    """Connects to a TCP port of the host's loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        code = f"attempt(socket.create_connection, ('127.0.0.1', {port}), timeout=5)"
+        assert inside.value(code) == "ECONNREFUSED"
+
+
+@pytest.mark.spec("CORE-167")
+def test_there_is_no_way_out(inside: Machine) -> None:
+    """Sends a datagram to an address outside, through whatever interface or route there is."""
+    assert inside.value("[n for _, n in socket.if_nameindex()]") == "['lo']"
+    routes = inside.value("[l.split()[0] for l in open('/proc/net/route')][1:]")
+    assert routes == "[]"
+    code = "attempt(socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect, ('192.0.2.1', 9))"
+    assert inside.value(code) == "ENETUNREACH"
+
+
+def test_making_an_interface(inside: Machine) -> None:
+    """Asks the kernel over netlink for a network interface of its own."""
+    code = """
+s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+body = struct.pack('=BxHiII', 0, 0, 0, 0, 0) + struct.pack('=HH8s', 12, 3, b'dummy0') + struct.pack('=HHHH8s', 16, 18, 12, 1, b'dummy')
+s.send(struct.pack('=IHHII', 16 + len(body), 16, 0x605, 1, 0) + body)
+print(errno.errorcode[-struct.unpack_from('=i', s.recv(4096), 16)[0]])
+"""
+    assert inside.python(code) == "EPERM"
+
+
+def test_raw_sockets(inside: Machine) -> None:
+    """Opens raw IP and packet sockets, to forge and to listen."""
+    assert inside.value("attempt(socket.socket, socket.AF_INET, socket.SOCK_RAW, 1)") == "EPERM"
+    assert (
+        inside.value("attempt(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)") == "EAFNOSUPPORT"
+    )
+
+
+def test_vsock_and_other_families(inside: Machine) -> None:
+    """Opens sockets of families that no network namespace confines, or that the kernel seldom sees."""
+    for family in (40, 38, 31, 44, 45, 30, 21, 15, 4):
+        code = f"call(41, {family}, 1, 0)"
+        assert inside.value(code) == "EAFNOSUPPORT", family
+
+
+# --- processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("CORE-166")
+def test_processes_of_others(inside: Machine) -> None:
+    """Looks for processes of the host or of the other domain, and signals the AdminVM."""
+    assert inside.process is not None
+    found = inside.value(
+        "[open(f'/proc/{p}/comm').read().strip() for p in os.listdir('/proc') if p.isdigit()]"
+    )
+    assert "bwrap" not in found
+    assert len(found.split(",")) < 12
+    with listening(inside, "peer", "print(flush=True); input()"):
+        names = inside.value(
+            "[open(f'/proc/{p}/cmdline').read() for p in os.listdir('/proc') if p.isdigit()]"
+        )
+        assert "flush" not in names
+    pid = inside.process.pid
+    assert inside.value(f"attempt(os.kill, {pid}, 0)") == "ESRCH"
+
+
+def test_killing_everybody(inside: Machine) -> None:
+    """Sends a signal to every process there is; nobody outside of the domain hears it."""
+    before = inside.agent_pid("peer")
+    inside.shell("kill -TERM -1; true")
+    assert inside.process is not None
+    assert inside.process.poll() is None
+    assert inside.agent_pid("peer") == before
+    assert inside.value("1 + 1") == "2"
+
+
+def test_tracing_the_agent(inside: Machine) -> None:
+    """Attaches a debugger to process 1, which holds the control channel."""
+    assert inside.value("call(101, 16, 1, 0, 0)") == "EPERM"
+
+
+@pytest.mark.spec("CORE-169")
+def test_the_memory_and_descriptors_of_the_agent(inside: Machine) -> None:
+    """Opens the memory, the descriptors and the environment of process 1."""
+    for name in ("mem", "environ", "maps", "fd/0", "root", "cwd", "exe"):
+        function = "os.readlink" if name in ("root", "cwd", "exe", "fd/0") else "open"
+        assert inside.value(f"attempt({function}, '/proc/1/{name}')") in ("EACCES", "EPERM"), name
+    assert inside.value("attempt(os.listdir, '/proc/1/fd')") == "EACCES"
+
+
+def test_taking_a_descriptor_from_the_agent(inside: Machine) -> None:
+    """Takes the control channel from the agent with pidfd_getfd."""
+    code = (
+        "fd = os.pidfd_open(1)\nprint([call(438, fd, n, 0) for n in range(3, 9)] == ['EPERM'] * 6)"
+    )
+    assert inside.python(code) == "True"
+
+
+def test_reading_the_memory_of_the_agent_by_call(inside: Machine) -> None:
+    """Reads process 1 with process_vm_readv."""
+    assert inside.value("call(310, 1, None, 0, None, 0, 0)") in ("EPERM", "THROUGH")
+    code = """
+class V(ctypes.Structure): _fields_ = [('base', ctypes.c_void_p), ('len', ctypes.c_size_t)]
+b = ctypes.create_string_buffer(8); mine = V(ctypes.addressof(b), 8); theirs = V(ctypes.addressof(b), 8)
+print(call(310, 1, ctypes.byref(mine), 1, ctypes.byref(theirs), 1, 0))
+"""
+    assert inside.python(code) in ("EPERM", "EFAULT")
+
+
+@pytest.mark.spec("CORE-169")
+def test_inherited_descriptors(inside: Machine) -> None:
+    """Looks for descriptors beyond the three of a service, and for where those three lead."""
+    found = inside.value("sorted(os.listdir('/proc/self/fd'))")
+    assert found == "['0', '1', '2', '3']"  # the last one lists the directory
+    targets = inside.value("[os.readlink(f'/proc/self/fd/{n}').split(':')[0] for n in range(3)]")
+    assert targets == "['socket', 'socket', 'pipe']"
+
+
+@pytest.mark.spec("CORE-169")
+def test_the_agent_holds_one_channel_and_the_console(inside: Machine) -> None:
+    """Counts the descriptors that process 1 shares with the host: its control channel, and the
+    console, a pipe that it can only write to."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may look into the agent from outside")
+    agent = inside.agent_pid()
+    held = {entry.name: os.readlink(entry) for entry in Path(f"/proc/{agent}/fd").iterdir()}
+    # Sockets of the domain's own network namespace are listed there; the control channel is not.
+    own = {line.split()[6] for line in Path(f"/proc/{agent}/net/unix").read_text().splitlines()[1:]}
+    sockets = [link[8:-1] for link in held.values() if link.startswith("socket:")]
+    assert len([inode for inode in sockets if inode not in own]) == 1, held
+    outside = {
+        os.readlink(f"/proc/{inside.process.pid}/fd/{n}")
+        for n in os.listdir(f"/proc/{inside.process.pid}/fd")
+    }
+    pipes = {
+        name: link for name, link in held.items() if link in outside and link.startswith("pipe:")
+    }
+    assert list(pipes) == ["2"], held
+    flags = Path(f"/proc/{agent}/fdinfo/2").read_text().split()[3]
+    assert int(flags, 8) & 3 == os.O_WRONLY
+    assert all(not link.startswith("/") or link == "/dev/null" for link in held.values()), held
+
+
+def test_preloading_into_others(inside: Machine) -> None:
+    """Has LD_PRELOAD set for a call, hoping that it reaches the service on the other side."""
+    done = inside.shell(
+        "LD_PRELOAD=/home/user/evil.so PYTHONPATH=/home/user /usr/bin/env LD_PRELOAD= qrexec-client-vm peer test.Environment"
+    )
+    assert b"PRELOAD" not in done.stdout
+    assert b"PYTHONPATH" not in done.stdout
+    assert b"QREXEC_REMOTE_DOMAIN=work" in done.stdout
+
+
+@pytest.mark.spec("CORE-168")
+def test_the_environment_of_a_service(inside: Machine) -> None:
+    """Looks for anything of the host user's session in a service's environment."""
+    names = set(inside.value("' '.join(os.environ)").split())
+    allowed = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "PWD", "OLDPWD", "SHLVL", "_"}
+    assert names - allowed <= {"QREXEC_AGENT_PID", "LC_CTYPE"}
+    assert str(inside.root) not in inside.value("str(os.environ)")
+
+
+def test_programs_with_the_setuid_bit(inside: Machine) -> None:
+    """Runs the host's setuid programs, which must not make anybody root."""
+    assert (
+        inside.value("open('/proc/self/status').read().split('NoNewPrivs:')[1].split()[0]") == "1"
+    )
+    mounts = inside.value(
+        "[l.split()[1] for l in open('/proc/mounts') if 'nosuid' not in l.split()[3].split(',')]"
+    )
+    assert mounts == "[]"
+    done = inside.shell("/usr/bin/su -c id </dev/null; /usr/bin/mount -t tmpfs x /mnt")
+    assert b"uid=0" not in done.stdout
+
+
+def test_becoming_somebody_else(inside: Machine) -> None:
+    """Becomes root, the AdminVM's user, or any host id."""
+    for uid in (0, inside.uid, 2000, 100000):
+        assert inside.value(f"attempt(os.setuid, {uid})") in ("EPERM", "EINVAL"), uid
+
+
+@pytest.mark.spec("CORE-178")
+def test_host_ids_of_a_domains_processes(inside: Machine) -> None:
+    """Looks from outside at the user ids: never host root, with own ids never the AdminVM's."""
+    uids = {}
+    for domain in ("work", "peer"):
+        with listening(inside, domain, "print(flush=True); input()"):
+            agent = inside.agent_pid(domain)
+            pids = [agent, *children(agent)]
+            assert len(pids) > 1
+            uids[domain] = {Path(f"/proc/{pid}").stat().st_uid for pid in pids if readable(pid)}
+            status = [uid_line(pid) for pid in pids]
+            uids[domain] = {uid for line in status for uid in line}
+    assert 0 not in uids["work"] | uids["peer"]
+    if inside.mode == "single":
+        # Not stopped here: there is one id for all. The threat model says what that means.
+        assert uids["work"] == uids["peer"] == {inside.uid}
+    else:
+        assert inside.uid not in uids["work"] | uids["peer"]
+        assert not uids["work"] & uids["peer"]
+
+
+def uid_line(pid: int) -> set[int]:
+    """Return the four user ids of a process."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {int(word) for word in re.search(r"^Uid:(.*)$", text, re.M)[1].split()}
+
+
+def readable(pid: int) -> bool:
+    """Tell whether a process is still there."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def children(pid: int) -> list[int]:
+    """Return the process ids below ``pid``."""
+    from tests.support.system import descendants
+
+    return descendants(pid)
+
+
+def test_no_capabilities(inside: Machine) -> None:
+    """Looks for capabilities of an ordinary service: there are none, nor any to gain."""
+    text = inside.value("open('/proc/self/status').read()")
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert re.search(rf"^{name}:\s+0+$", text, re.M), name
+    bounding = int(re.search(r"^CapBnd:\s+(\w+)$", text, re.M)[1], 16)
+    from sluice.domains.sandbox.bubblewrap import ROOT_CAPABILITIES
+
+    assert bounding.bit_count() == (0 if inside.mode == "single" else len(ROOT_CAPABILITIES))
+
+
+# --- namespaces and mounts -------------------------------------------------------------------
+
+
+@x86
+def test_mounting(inside: Machine) -> None:
+    """Mounts a file system, by the old call and by each of the new ones; unmounts; pivots."""
+    code = "[call(165, b'x', b'/tmp', b'tmpfs', 0, None), call(166, b'/proc', 2), call(155, b'/', b'/tmp'), call(430, b'tmpfs', 0), call(428, -100, b'/', 1), call(442, -100, b'/', 0, None, 0), call(429, -1, b'', -100, b'/tmp', 4)]"
+    assert inside.value(code) == str(["EPERM"] * 7)
+
+
+@x86
+def test_new_namespaces(inside: Machine) -> None:
+    """Makes namespaces of each kind, with unshare and with clone."""
+    flags = (0x10000000, 0x20000, 0x20000000, 0x40000000, 0x4000000, 0x8000000, 0x2000000, 0x80)
+    assert inside.value(f"[call(272, f) for f in {flags}]") == str(["EPERM"] * len(flags))
+    code = f"[call(56, f | 17, 0, 0, 0, 0) for f in {flags[:-1]}]"
+    assert inside.value(code) == str(["EPERM"] * (len(flags) - 1))
+
+
+@x86
+def test_clone3(inside: Machine) -> None:
+    """Uses clone3, whose flags a filter cannot see."""
+    assert inside.value("call(435, None, 0)") == "ENOSYS"
+
+
+@x86
+def test_joining_namespaces(inside: Machine) -> None:
+    """Joins the namespaces of process 1, or its own again with other powers."""
+    code = "fd = os.open('/proc/self/ns/user', os.O_RDONLY)\nprint(call(308, fd, 0), call(308, os.pidfd_open(1), 0x10000000))"
+    assert inside.python(code) == "EPERM EPERM"
+
+
+def test_the_host_name(inside: Machine) -> None:
+    """Changes the host name, which is the domain's name to those who look."""
+    assert inside.value("attempt(socket.sethostname, 'dom0')") == "EPERM"
+    assert inside.value("socket.gethostname()") == "work"
+
+
+# --- the kernel ------------------------------------------------------------------------------
+
+CALLS = {
+    "a BPF program": (321, "0, None, 0"),
+    "a userfaultfd": (323, "0"),
+    "performance counters": (298, "None, 0, -1, -1, 0"),
+    "io_uring": (425, "8, None"),
+    "io_uring_enter": (426, "0, 0, 0, 0, None, 0"),
+    "io_uring_register": (427, "0, 0, None, 0"),
+    "a key for the keyring": (248, "b'user', b'x', b'y', 1, -3"),
+    "a key on request": (249, "b'user', b'x', None, 0"),
+    "the keyrings": (250, "0, -3, 0"),
+    "a kernel to boot": (246, "0, 0, None, 0"),
+    "a kernel to boot from a file": (320, "0, 0, 0, b'', 0"),
+    "a module": (175, "None, 0, b''"),
+    "a module from a file": (313, "0, b'', 0"),
+    "the removal of a module": (176, "b'x', 0"),
+    "a reboot": (169, "0, 0, 0, None"),
+    "the kernel's log": (103, "2, None, 0"),
+    "the clock": (164, "None, None"),
+    "a clock by number": (227, "0, None"),
+    "the clock's speed": (159, "None"),
+    "swap": (167, "b'/tmp/x', 0"),
+    "process accounting": (163, "None"),
+    "quotas": (179, "0, None, 0, None"),
+    "fanotify": (300, "0, 0"),
+    "ports of the machine": (172, "3"),
+    "pages of others": (279, "0, 0, None, None, None, 0"),
+    "gifted pages": (278, "1, None, 0, 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(inside: Machine) -> dict[str, str]:
+    """What the kernel answers to each of CALLS, asked in one go."""
+    pairs = "".join(f"print({what!r}, call({n}, {a}), sep='=')\n" for what, (n, a) in CALLS.items())
+    return dict(line.split("=") for line in inside.python(pairs).splitlines())
+
+
+@x86
+@pytest.mark.parametrize("what", CALLS)
+def test_calls_that_reach_the_kernel(answers: dict[str, str], what: str) -> None:
+    """Asks the kernel for what no domain needs, and what has been a way out before."""
+    assert answers[what] == "EPERM"
+
+
+@x86
+def test_calls_of_x32(inside: Machine) -> None:
+    """Makes the same calls by their x32 numbers, by which a filter could be passed."""
+    code = "[call(0x40000000 | n, 0, 0, 0) for n in (39, 165, 272, 321)]"
+    assert inside.value(code) == str(["ENOSYS"] * 4)
+
+
+@x86
+def test_calls_of_i386(inside: Machine) -> None:
+    """Makes system calls through the 32-bit gate, whose numbers mean something else."""
+    code = """
+import mmap
+m = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+# push rbx; mov eax, edi; mov ebx, esi; xor ecx, ecx; xor edx, edx; int 0x80; pop rbx; ret
+m.write(bytes.fromhex('53' '89f8' '89f3' '31c9' '31d2' 'cd80' '5b' 'c3'))
+gate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))
+print([errno.errorcode[-gate(n, 0)] for n in (20, 21, 310, 357)])  # getpid, mount, unshare, bpf
+"""
+    assert inside.python(code) == str(["ENOSYS"] * 4)
+
+
+def test_devices(inside: Machine) -> None:
+    """Looks for devices beyond the harmless ones, and makes one."""
+    found = set(inside.value("' '.join(os.listdir('/dev'))").split())
+    harmless = {"null", "zero", "full", "random", "urandom", "tty", "pts", "ptmx", "shm", "log"}
+    assert found <= harmless | {"fd", "stdin", "stdout", "stderr", "core", "console"}
+    assert inside.value("attempt(os.mknod, '/tmp/sda', 0o60666, os.makedev(8, 0))") == "EPERM"
+    assert inside.value("attempt(os.mknod, '/tmp/mem', 0o20666, os.makedev(1, 1))") == "EPERM"
+
+
+def test_files_of_the_kernel(inside: Machine) -> None:
+    """Writes to files below /proc that rule the machine, and reads its memory."""
+    for name in (
+        "sys/kernel/core_pattern",
+        "sysrq-trigger",
+        "sys/kernel/modprobe",
+        "sys/vm/drop_caches",
+        "sys/kernel/hostname",
+        "irq/default_smp_affinity",
+    ):
+        assert inside.value(f"attempt(open, '/proc/{name}', 'w')") in (
+            "EACCES",
+            "EROFS",
+            "ENOENT",
+        ), name
+    for name in ("kcore", "kmsg", "1/stack", "kpageflags"):
+        assert inside.value(f"attempt(lambda: open('/proc/{name}', 'rb').read(1))") in (
+            "EACCES",
+            "EPERM",
+            "ENOENT",
+        ), name
+    addresses = (
+        inside.value("{l.split()[0] for l in open('/proc/kallsyms')} - {'0' * 16}")
+        if inside.value("attempt(open, '/proc/kallsyms')") == "THROUGH"
+        else "set()"
+    )
+    assert addresses == "set()"
+
+
+def test_typing_into_the_terminal(inside: Machine) -> None:
+    """Types into the terminal that a command runs on, by TIOCSTI, as if the user had."""
+    assert inside.value("attempt(os.open, '/dev/tty', os.O_RDWR)") == "ENXIO"
+    code = """
+import fcntl
+master, slave = os.openpty()
+def push(request):
+    return attempt(fcntl.ioctl, slave, request, b'x')
+print(push(0x5412), push(0x541C), call(16, slave, 0x5412 | 1 << 32, b'x'))
+"""
+    assert inside.python(code) == "EPERM EPERM EPERM"
+
+
+@pytest.mark.spec("CORE-180")
+def test_raising_the_limits(inside: Machine) -> None:
+    """Raises its own limits again."""
+    # An unprivileged attempt to raise a hard limit is a ValueError in Python.
+    done = inside.shell(
+        f"/usr/bin/python3 -c {shlex.quote('import resource; resource.setrlimit(7, (9000, 9000))')}"
+    )
+    assert b"not allowed to raise maximum limit" in done.stderr
+    assert inside.value("__import__('resource').getrlimit(7)") == "(1024, 1024)"
+    assert inside.value("__import__('resource').getrlimit(4)") == "(0, 0)"
+
+
+def test_scheduling(inside: Machine) -> None:
+    """Takes real-time priority, to starve the others."""
+    code = "attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(50))"
+    assert inside.value(code) == "EPERM"
+
+
+# --- root inside -----------------------------------------------------------------------------
+
+
+def needs_root_inside(inside: Machine) -> None:
+    if inside.mode == "single":
+        pytest.skip("there is no root in a domain with one id")
+
+
+@x86
+def test_root_inside_has_no_power_outside(inside: Machine) -> None:
+    """As the domain's root: mounts, makes devices and namespaces, loads modules, sets the clock."""
+    needs_root_inside(inside)
+    code = "[call(165, b'x', b'/mnt', b'tmpfs', 0, None), call(272, 0x20000), call(272, 0x10000000), call(175, None, 0, b''), attempt(os.mknod, '/run/m', 0o20666, 259), attempt(socket.sethostname, 'x')]"
+    assert inside.value(code, user="root") == str(["EPERM"] * 6)
+
+
+def test_root_inside_cannot_become_a_host_user(inside: Machine) -> None:
+    """As the domain's root: becomes the AdminVM's user or host root, gives files to them."""
+    needs_root_inside(inside)
+    for uid in (inside.uid, 70000, 100000, 1879048192):
+        if uid == 0:
+            continue
+        assert inside.value(f"attempt(os.setuid, {uid})", user="root") == "EINVAL"
+        assert inside.value(f"attempt(os.chown, '/rw/config', {uid}, -1)", user="root") == "EINVAL"
+    assert inside.value("open('/proc/self/uid_map').read().split()[0]", user="root") == "0"
+
+
+def test_root_in_a_domain_with_one_id(inside: Machine) -> None:
+    """Asks for a service as root where nobody is root: refused, and the log says why."""
+    if inside.mode != "single":
+        pytest.skip("there is a root here")
+    assert inside.shell("id", user="root").returncode == 125
+    log = inside.root / "state/log/domains.jsonl"
+    wait_for(lambda: log.exists() and "refused to run as" in log.read_text())
+
+
+# --- calls -----------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("CORE-170")
+def test_a_forged_source(inside: Machine) -> None:
+    """Sends a trigger with another domain's name as its source."""
+    code = """
+body = b'peer'.ljust(64, bytes(1)) + b'peer'.ljust(64, bytes(1)) + b'SOCKET'.ljust(32, bytes(1)) + b'test.Who' + bytes(1)
+s = socket.socket(socket.AF_UNIX); s.connect('/run/qubes/qrexec-agent')
+s.send(struct.pack('<II', 0x213, len(body)) + body)
+s.settimeout(5)
+print(s.recv(8) != b'')
+"""
+    inside.python(code)
+    assert inside.shell("qrexec-client-vm peer test.Who").stdout == b"work\n"
+    records = (inside.root / "state/log/audit.jsonl").read_text()
+    assert '"source":"peer"' not in records.replace('": "', '":"')
+
+
+@pytest.mark.spec("CORE-166")
+def test_a_descriptor_sent_to_a_peer(inside: Machine) -> None:
+    """Sends a descriptor along with the data of a call, hoping that the other side gets it."""
+    assert inside.shell("echo | qrexec-client-vm peer test.Descriptors").stdout == b"4\n"
+    client = """
+import array, os, socket, subprocess
+a, b = socket.socketpair()
+p = subprocess.Popen(['qrexec-client-vm', 'peer', 'test.Descriptors'], stdin=b, stdout=subprocess.PIPE)
+d = os.open('/home/user', os.O_RDONLY)
+a.sendmsg([b'x' + bytes((10,))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [d] * 10))])
+a.close(); b.close()
+print(p.stdout.read().decode().strip())
+"""
+    assert inside.python(client) == "4"
+
+
+def test_a_descriptor_sent_to_the_agent(inside: Machine) -> None:
+    """Sends descriptors with a request to the agent, which must not keep or forward them."""
+    code = """
+import array
+body = b'peer'.ljust(64, bytes(1)) + b'SOCKET'.ljust(32, bytes(1)) + b'test.Who' + bytes(1)
+for _ in range(300):
+    s = socket.socket(socket.AF_UNIX); s.connect('/run/qubes/qrexec-agent')
+    s.sendmsg([struct.pack('<II', 0x212, len(body))], [(1, 1, array.array('i', [0, 1, 2]))])
+    s.close()
+print('done')
+"""
+    assert inside.python(code) == "done"
+    assert inside.shell("qrexec-client-vm peer test.Who").stdout == b"work\n"
+
+
+def test_escape_sequences_to_the_terminal(inside: Machine) -> None:
+    """Sends escape sequences that make a terminal answer, set its title or its clipboard."""
+    text = r"printf 'a\033]52;c;ZXZpbA==\007b\033[6nc\033]0;title\033\\d\302\233\063\061\155e\033[31mred\033[0m\n'"
+    output = on_a_terminal(inside.sluice("run", "work", "--", "sh", "-c", text), inside)
+    assert b"ab" in output
+    assert b"\x1b]" not in output
+    assert b"\x1b[6n" not in output
+    assert b"\xc2\x9b" not in output
+    assert b"\x1b[31mred\x1b[0m" in output
+    raw = on_a_terminal(inside.sluice("run", "--raw", "work", "--", "sh", "-c", text), inside)
+    assert b"\x1b]52;" in raw
+
+
+def on_a_terminal(command: list[str], inside: Machine) -> bytes:
+    """Run a program on a terminal of the test's own and return all that it showed."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=inside.environment, cwd="/"
+    )
+    os.close(slave)
+    shown = b""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if select.select([master], [], [], 0.2)[0]:
+            try:
+                data = os.read(master, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            shown += data
+    os.close(master)
+    assert process.wait(10) is not None
+    return shown
+
+
+def test_a_shell_has_a_terminal_of_its_own(inside: Machine) -> None:
+    """Opens a shell and asks it for its terminal: not the user's, and gone with the shell."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        inside.sluice("shell", "work"),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=inside.environment | {"TERM": "xterm"},
+        cwd="/",
+    )
+    os.close(slave)
+    shown = read_until(master, b"$ ")
+    os.write(master, b"tty; stty size; echo is-$((40+2)); exit 7\n")
+    shown += read_until(master, b"is-42")
+    assert b"is-42" in shown, shown
+    assert b"/dev/pts/0" in shown
+    read_until(master, b"never", 0.5)
+    assert process.wait(10) == 7
+    os.close(master)
+
+
+def read_until(master: int, word: bytes, seconds: float = 20.0) -> bytes:
+    """Return what a terminal shows until ``word`` comes, it closes, or time is up."""
+    shown = b""
+    end = time.monotonic() + seconds
+    while word not in shown and time.monotonic() < end:
+        if select.select([master], [], [], 0.05)[0]:
+            try:
+                shown += os.read(master, 65536)
+            except OSError:
+                break
+    return shown
