@@ -396,3 +396,77 @@ def test_nothing_is_lost_or_changed(
     assert written.startswith(seen)
     one.close()
     driver.close()
+
+
+OPERATIONS = st.lists(
+    st.sampled_from(
+        ["write", "pause", "resume", "emit", "finish", "drain", "deaf", "listen", "turn", "eof",
+         "unlook", "look"]
+    ),
+    max_size=14,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    operations=OPERATIONS,
+    kinds=st.sampled_from(KINDS),
+    discard=st.booleans(),
+    gone=st.integers(-1, 14),
+    hold_eof=st.booleans(),
+)
+def test_any_order_of_operations_ends_once(
+    operations: list[str], kinds: str, discard: bool, gone: int, hold_eof: bool
+) -> None:
+    """Whatever is done to a pump: every byte is accounted for, and it ends once."""
+    driver = Driver()
+    before = count_fds()
+    emitted = 0
+    waiting: list[Pump] = []
+    one = Line(driver, kinds, discard=discard, on_eof=waiting.append if hold_eof else None)
+    pump = one.pump
+    pump.start()
+    for index, operation in enumerate(operations):
+        if index == gone:
+            one.reader.close()
+        if operation == "write" and one.writer.write_fd >= 0 and not one.writer.closing:
+            one.writer.write(pattern(100_000))
+        elif operation == "pause":
+            pump.pause()
+        elif operation == "resume":
+            pump.resume()
+        elif operation == "emit":
+            if not pump._finishing and not pump._done:
+                emitted += 50_000
+            pump.emit(bytes(50_000))
+        elif operation in ("finish", "drain"):
+            pump.finish(drain=operation == "drain")
+        elif operation == "deaf":
+            one.reader.deafen()
+        elif operation == "listen" and one.reader.read_fd >= 0:
+            one.reader.listen()
+        elif operation == "turn":
+            driver.loop.run_once(0)
+        elif operation == "eof":
+            one.writer.end()
+        elif operation == "unlook":
+            pump.inspect = None
+        elif operation == "look":
+            pump.inspect = lambda piece: None
+        assert pump.held <= 65544 + 50_000 * len(operations)
+    pump.resume()
+    if one.reader.read_fd >= 0:
+        one.reader.listen()
+    one.writer.end()
+    if hold_eof:
+        driver.until(lambda: waiting or one.ended)
+        pump.finish()
+    one.until_ended()
+    if one.reader.read_fd >= 0:
+        driver.until(lambda: one.reader.eof)
+        assert len(one.reader.received) == pump.moved
+    assert pump.held == 0
+    assert pump.moved + pump.discarded == pump.taken + emitted
+    one.close()
+    assert count_fds() == before
+    driver.close()
