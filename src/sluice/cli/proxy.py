@@ -39,6 +39,24 @@ def command() -> None:
     """Chains of filters in the pipe of a call."""
 
 
+@command.command()
+@config_option
+@click.option(
+    "--sockets",
+    metavar="DIR",
+    help="Where the sockets are made; otherwise SLUICE_PROXY_SOCKETS, /run/sluice-proxy or the"
+    " user's runtime directory. Ignored for those that systemd hands over.",
+)
+@told
+def serve(config: str | None, sockets: str | None) -> None:
+    """Serve all calls in one process, for the launcher and for the raw socket."""
+    import asyncio
+
+    from sluice.proxy.server import serve as serve_until_told
+
+    asyncio.run(serve_until_told(config, directory=sockets))
+
+
 @command.command(context_settings={"ignore_unknown_options": True})
 @config_option
 @click.option("--chain", metavar="NAME", help="The chain of the configuration.")

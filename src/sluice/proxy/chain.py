@@ -71,8 +71,9 @@ class Cause:
     """Why a call ended: for log, audit and the exit code. ``reason`` is escaped already.
 
     ``kind`` is ``done``, ``filter`` (a filter's refusal or abort), ``filter-error`` (a filter is
-    broken), ``refused`` (the proxy's own rules), ``far`` (the far end could not be reached),
-    ``source-gone``, ``closed-reader``, ``memory``, ``deadline``, ``killed`` or ``shutdown``.
+    broken), ``refused`` (the proxy's own rules), ``busy`` (no place is free), ``far``
+    (the far end could not be reached), ``source-gone``, ``closed-reader``, ``memory``,
+    ``deadline``, ``killed`` or ``shutdown``.
     """
 
     __slots__ = ("exit_code", "filter", "kind", "reason")

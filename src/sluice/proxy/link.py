@@ -90,6 +90,12 @@ class Memory:
             for listener in self._listeners[:]:
                 listener()
 
+    def set_limit(self, limit: int, piece: int = 1 << 16) -> None:
+        """Change the bound; what is held already stays."""
+        self.limit = limit
+        self.threshold = max(limit - piece, 0)
+        self.add(0)
+
     def listen(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` whenever ``full`` changes."""
         self._listeners.append(callback)
@@ -204,6 +210,11 @@ class Link:
     def act(self, *verdicts: Verdict) -> None:
         """Do what a timer could answer, at any other time: for filters with events of their own."""
         self._chain.act(self._stage, verdicts)
+
+    @property
+    def name(self) -> str:
+        """The name of this filter in its chain; unlike any other's there."""
+        return self._stage.name
 
     @property
     def chain(self) -> str:

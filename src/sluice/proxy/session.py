@@ -66,6 +66,8 @@ class Session:
         self.log = log
         self.memory = memory or Memory(configuration.settings.max_memory)
         settings = configuration.settings
+        # Told of each call that is over or was refused (then without flow): for metrics.
+        self.observer: Callable[[Call, Cause, Flow | None], None] | None = None
         self.audit = Audit(
             audit_file(settings.audit), max_bytes=settings.audit_max, keep=settings.audit_keep
         )
@@ -101,10 +103,8 @@ class Session:
             far = far or self._far_end(call)
         except SluiceError as error:
             kind = "refused" if isinstance(error, RefusedError) else "configuration"
-            self.refuse(call, Cause(kind, str(error), exit_code=error.exit_code))
-            close_fd(in_fd)
-            close_fd(out_fd)
-            on_end(error.exit_code)
+            cause = Cause(kind, str(error), exit_code=error.exit_code)
+            self.turn_away(call, cause, in_fd, out_fd, on_end)
             return None
         return self._start(call, chain, far, in_fd, out_fd, on_end, outlive)
 
@@ -165,16 +165,29 @@ class Session:
         call = Call(source or "", "", "", ident=new_ident(), form=form)
         self.refuse(call, Cause("malformed", str(error), exit_code=error.exit_code))
 
+    def turn_away(
+        self, call: Call, cause: Cause, in_fd: int, out_fd: int, on_end: Callable[[int], None]
+    ) -> None:
+        """Refuse a call whose ends we have already: both are closed, then ``on_end`` is called."""
+        self.refuse(call, cause)
+        close_fd(in_fd)
+        close_fd(out_fd)
+        on_end(cause.exit_code)
+
     def refuse(self, call: Call, cause: Cause) -> None:
         """Log and record a call that does not begin."""
         self.log.write(f"[{call.ident}] refused: {cause}", WARNING)
         self._write(refusal(call, cause))
+        if self.observer is not None:
+            self.observer(call, cause, None)
 
     def _record(self, flow: Flow) -> None:
         cause = flow.cause
         if cause is not None and cause.kind != "done":
             self.log.write(f"[{flow.call.ident}] ended: {cause}", WARNING)
         self._write(record_of(flow))
+        if self.observer is not None and cause is not None:
+            self.observer(flow.call, cause, flow)
 
     def _write(self, record: dict[str, object]) -> None:
         try:
