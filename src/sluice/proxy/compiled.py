@@ -106,13 +106,21 @@ def _stamps(files: list[str]) -> list[tuple[int, ...]] | None:
     stamps: list[tuple[int, ...]] = []
     for file in (*files, __file__):
         try:
-            status = os.stat(file)
+            status = os.stat(_archive(file))
         except OSError:
             return None
         stamps.append(
             (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         )
     return stamps
+
+
+def _archive(file: str) -> str:
+    """Return the file itself, or the archive that it is in, where the proxy is a single file."""
+    inside = file
+    while ".pyz/" in inside and not os.path.isfile(inside):
+        inside = os.path.dirname(inside)
+    return inside if os.path.isfile(inside) else file
 
 
 def _read(path: str) -> dict[str, Any] | None:

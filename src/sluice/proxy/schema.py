@@ -7,6 +7,7 @@ loads msgspec. What it validated can be kept and used without it (``compiled.py`
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 import typing
 from collections.abc import Iterable
@@ -26,6 +27,9 @@ _Duration: Any = kinds.Duration
 _DurationLimit: Any = kinds.DurationLimit
 
 MISSING = object()
+
+# What built-in filters use beside msgspec: compiled, so the single file of the proxy lacks it.
+NEEDS = {"lines": ("re2", "google-re2"), "json": ("jsonschema_rs", "jsonschema-rs")}
 
 
 class Field(typing.NamedTuple):
@@ -187,6 +191,7 @@ def use_filter(cls: type[Any], given: dict[str, Any], name: str | None = None) -
 
     Raises FieldError, also for what the filter's own ``check`` finds.
     """
+    _find_library(cls)
     values = convert_table(cls.Options, given, dict(getattr(cls, "aliases", ())))
     made = make_options(cls.Options, values)
     check = getattr(cls, "check", None)
@@ -198,6 +203,19 @@ def use_filter(cls: type[Any], given: dict[str, Any], name: str | None = None) -
     use = FilterUse(cls, made, name)
     use.values = values
     return use
+
+
+def _find_library(cls: type[Any]) -> None:
+    """Raise FieldError where a built-in filter cannot work for want of a library."""
+    module, library = NEEDS.get(cls.name, ("", ""))
+    if not module or not cls.__module__.startswith("sluice.proxy.filters."):
+        return
+    if importlib.util.find_spec(module) is None:
+        raise FieldError(
+            "use",
+            f"it needs the library {library}, which this installation lacks",
+            "the Debian package carries it; the single file holds no compiled libraries",
+        )
 
 
 def make_options(declared: type[Any], values: dict[str, Any]) -> Any:
