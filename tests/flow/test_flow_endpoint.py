@@ -30,6 +30,47 @@ def test_flags_are_given_back(driver: Driver) -> None:
         assert os.get_blocking(one.fileno())
 
 
+def test_one_socket_on_two_descriptors(driver: Driver) -> None:
+    """Closing the first must not make the second block; closing the last gives the flag back."""
+    for order in ((0, 1), (1, 0)):
+        one, other = socket.socketpair()
+        with one, other:
+            ends = [Endpoint(driver.loop, os.dup(one.fileno())) for _ in range(2)]
+            ends[0].share_flags(ends[1])
+            ends[order[0]].close()
+            assert not os.get_blocking(one.fileno())
+            ends[order[1]].close()
+            assert os.get_blocking(one.fileno())
+
+
+def test_a_program_on_one_socket_twice(driver: Driver) -> None:
+    """As socat's EXEC starts it: stdin and stdout are the same socket."""
+    ours, theirs = socket.socketpair()
+    pid, call = spawn(driver, theirs.fileno(), theirs.fileno())
+    ours.sendall(b"question")
+    ours.shutdown(socket.SHUT_WR)
+    driver.until(lambda: call.peer.ended(m.DATA_STDIN))
+    assert call.peer.stream(m.DATA_STDIN) == b"question"
+    # Its stdin has ended; the output that nobody takes yet must still not make it block.
+    for _ in range(20):
+        call.peer.send(m.DATA_STDOUT, bytes(65536))
+    call.peer.send(m.DATA_STDERR)
+    driver.quiet()
+    assert not os.get_blocking(theirs.fileno())
+    theirs.close()
+    ours.settimeout(5)
+    size = 0
+    while size < 20 * 65536:
+        size += len(ours.recv(1 << 20))
+        driver.quiet()
+    call.peer.send(m.DATA_STDOUT)
+    call.peer.send(m.DATA_EXIT_CODE, m.I32.pack(2))
+    driver.until(lambda: call.peer.eof)
+    assert status_of(pid) == 2
+    ours.close()
+    call.peer.close()
+
+
 def test_a_descriptor_that_was_non_blocking_stays_so(driver: Driver) -> None:
     one, other = socket.socketpair()
     with one, other:

@@ -80,6 +80,7 @@ class Endpoint:
         "_loop",
         "_read",
         "_soon",
+        "_twin",
         "_write",
         "always",
         "closed",
@@ -114,6 +115,7 @@ class Endpoint:
         self._blocking = False
         self._borrowed = borrowed
         self._grown = False
+        self._twin: Endpoint | None = None
         self._read = self._write = self._hangup = self._soon = False
         self.on_read: Callable[[], None] = _nothing
         self.on_write: Callable[[], None] = _nothing
@@ -299,13 +301,27 @@ class Endpoint:
         if self._borrowed:
             return
         if self._blocking:
-            try:  # noqa: SIM105
-                os.set_blocking(self.fd, True)
-            except OSError:
-                pass
+            self._give_back()
         if self.fd != self.number:
             os.close(self.fd)
         close_fd(self.number)
+
+    def share_flags(self, other: Endpoint) -> None:
+        """Say that ``other`` may be the same open file: what runs a program on a socket pair often
+        puts one end on both its stdin and its stdout."""
+        if self.is_socket and other.is_socket and os.path.sameopenfile(self.fd, other.fd):
+            self._twin, other._twin = other, self
+
+    def _give_back(self) -> None:
+        """Take O_NONBLOCK back; or leave that to the twin, while it is in use."""
+        twin = self._twin
+        if twin is not None and not twin.closed:
+            twin._blocking = True
+            return
+        try:  # noqa: SIM105
+            os.set_blocking(self.fd, True)
+        except OSError:
+            pass
 
 
 def close_fd(fd: int) -> None:

@@ -129,6 +129,8 @@ class Engine:
         if out_fd >= 0:
             shared = self._in if in_fd == out_fd else None
             self._out = shared or Endpoint(self._loop, out_fd)
+            if self._in is not None and shared is None:
+                self._in.share_flags(self._out)
             self._out.on_read = self._out_readable
             state.out_open = True
         if self._caller:
