@@ -82,7 +82,11 @@ class BareDebian:
         cwd: str = "/root",
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command and return what came of it."""
-        environment = {"PATH": "/usr/sbin:/usr/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        environment = {
+            "PATH": "/usr/local/bin:/usr/sbin:/usr/bin",
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+        }
         environment.update(env or {})
         options = ["--bind", str(self.root), "/"]
         for name in PROGRAMS:

@@ -106,7 +106,7 @@ def _stamps(files: list[str]) -> list[tuple[int, ...]] | None:
     stamps: list[tuple[int, ...]] = []
     for file in (*files, __file__):
         try:
-            status = os.stat(_archive(file))
+            status = _stat(file)
         except OSError:
             return None
         stamps.append(
@@ -115,12 +115,13 @@ def _stamps(files: list[str]) -> list[tuple[int, ...]] | None:
     return stamps
 
 
-def _archive(file: str) -> str:
-    """Return the file itself, or the archive that it is in, where the proxy is a single file."""
-    inside = file
-    while ".pyz/" in inside and not os.path.isfile(inside):
-        inside = os.path.dirname(inside)
-    return inside if os.path.isfile(inside) else file
+def _stat(file: str) -> os.stat_result:
+    """Return the status of a file, or of the archive that it is in: the proxy as a single file."""
+    while True:
+        try:
+            return os.stat(file)
+        except NotADirectoryError:
+            file = os.path.dirname(file)
 
 
 def _read(path: str) -> dict[str, Any] | None:

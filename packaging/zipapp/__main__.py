@@ -1,0 +1,25 @@
+"""One file, several programs, told apart by the name under which it is called.
+
+``qrexec-proxy``: the program form, as in /etc/qubes-rpc. ``qrexec-proxy-launcher``: the launcher
+of the resident form. Any other name: the command ``sluice``, of which only ``proxy`` is here.
+"""
+
+import os
+import sys
+
+name = sys.argv[0].rpartition("/")[2]
+if name == "qrexec-proxy":
+    from sluice.proxy.program import main
+
+    os._exit(main())
+elif name == "qrexec-proxy-launcher":
+    from sluice.proxy.launcher import main
+
+    os._exit(main())
+
+from sluice.cli import main as cli  # noqa: E402
+
+for other in list(cli.LAZY):
+    if other != "proxy":
+        del cli.LAZY[other]
+cli.main(prog_name="sluice" if name == "sluice" else name)
