@@ -30,6 +30,16 @@ BUILTIN = {
     "stop-src": "stop:StopSrc",
     "stop-dst": "stop:StopDst",
     "timeout": "timeout:Timeout",
+    "idle-timeout": "idle_timeout:IdleTimeout",
+    "count": "count:Count",
+    "concurrent": "concurrent:Concurrent",
+    "throttle": "throttle:Throttle",
+    "sniff": "sniff:Sniff",
+    "record": "record:Record",
+    "streamline": "streamline:Streamline",
+    "lines": "lines:Lines",
+    "json": "json:Json",
+    "content": "content:Content",
 }
 # Attributes of a filter's class besides its events.
 ATTRIBUTES = ("name", "aliases", "inspects", "Options", "check", "max_held", "describe")
