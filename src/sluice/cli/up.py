@@ -18,6 +18,7 @@ import click
 from sluice.cli.common import chosen_root, places, root_option, tell_errors
 from sluice.domains.paths import Paths
 from sluice.errors import LocalError
+from sluice.runtime import launcher
 
 if TYPE_CHECKING:
     from sluice.adminvm.system import AdminVM
@@ -137,7 +138,9 @@ def _detach(paths: Paths, file: str | None, root: str | None) -> None:
     """Start ourselves in the background, show what it says until it is ready, and return."""
     paths.create()
     log_file = paths.log / "adminvm.log"
-    command = [sys.executable, "-m", "sluice", "up", *([file] if file else [])]
+    # An interpreter that was started without its libraries is told by the launcher where they are.
+    program = ["-IS", launcher("sluice")] if sys.flags.no_site else ["-m", "sluice"]
+    command = [sys.executable, *program, "up", *([file] if file else [])]
     command += ["--root", root] if root else []
     with open(log_file, "ab") as log:
         begin = log.tell()
