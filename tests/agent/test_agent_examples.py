@@ -12,45 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.agent import BIN, DEADLINE, ROOT, SELF, Place, a_place, as_user, give, until
+from tests.support.agent import DEADLINE, ROOT, Place, System, a_place, as_user, until
 
 EXAMPLES = ROOT / "examples" / "services"
-UUID = "3a9f0f3c-0000-4000-8000-00000000002a"
-
-
-class System:
-    """One domain, domX: agent and daemon, joined by sockets in a directory."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.sockets = place.path / "daemon"
-        self.sockets.mkdir()
-        give(self.sockets)
-        place.start("qrexec-agent", "-a", str(place.agent_socket), "-S")
-        environment = {**place.environment(), "VCHAN_DOMAIN": "0"}
-        daemon = [str(BIN / "qrexec-daemon"), "--direct", f"--uuid={UUID}"]
-        self.process = subprocess.Popen(
-            as_user([*daemon, f"--socket-dir={self.sockets}", "42", "domX", SELF]),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        place._processes.append(self.process)
-        self.environment = environment
-        until((self.sockets / "qrexec.domX").exists, "the daemon's socket")
-
-    def client(self, text: str, data: bytes = b"") -> tuple[int, bytes, bytes]:
-        """Call a service as dom0 does."""
-        client = [str(BIN / "qrexec-client"), f"--socket-dir={self.sockets}", "-d", "domX"]
-        done = subprocess.run(
-            as_user([*client, f"DEFAULT:QUBESRPC {text} dom0"]),
-            input=data,
-            capture_output=True,
-            env=self.environment,
-            timeout=DEADLINE,
-            check=False,
-        )
-        return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture

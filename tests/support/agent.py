@@ -336,6 +336,54 @@ class AgentUnderTest:
         return client, message[1][128:160]
 
 
+class System:
+    """One domain, domX, with real programs: agent and daemon, joined by sockets in a directory."""
+
+    UUID = "3a9f0f3c-0000-4000-8000-00000000002a"
+
+    def __init__(self, place: Place, *, start: bool = True) -> None:
+        self.place = place
+        self.sockets = place.path / "daemon"
+        self.sockets.mkdir()
+        give(self.sockets)
+        self.environment = {**place.environment(), "VCHAN_DOMAIN": "0"}
+        if start:
+            self.start_agent()
+            self.start_daemon()
+            self.ready()
+
+    def start_agent(self) -> subprocess.Popen[bytes]:
+        """Start the agent, which waits for a daemon."""
+        return self.place.start("qrexec-agent", "-a", str(self.place.agent_socket), "-S")
+
+    def start_daemon(self) -> subprocess.Popen[bytes]:
+        """Start the daemon, which waits for an agent."""
+        return self.place.start(
+            "qrexec-daemon",
+            *("--direct", f"--uuid={self.UUID}", f"--socket-dir={self.sockets}", "42", "domX"),
+            SELF,
+            environment=self.environment,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def ready(self) -> None:
+        """Wait until calls can be made."""
+        until((self.sockets / "qrexec.domX").exists, "the daemon's socket")
+
+    def client(self, text: str, data: bytes = b"") -> tuple[int, bytes, bytes]:
+        """Call a service as dom0 does."""
+        client = [str(BIN / "qrexec-client"), f"--socket-dir={self.sockets}", "-d", "domX"]
+        done = subprocess.run(
+            as_user([*client, f"DEFAULT:QUBESRPC {text} dom0"]),
+            input=data,
+            capture_output=True,
+            env=self.environment,
+            timeout=DEADLINE,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+
 def trigger_body(
     service: bytes, target: bytes = b"vault", source: bytes = b"", ident: bytes = b"SOCKET"
 ) -> bytes:
