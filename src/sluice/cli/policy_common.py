@@ -146,9 +146,11 @@ def place_options(command: Command) -> Command:
         root: str | None,
         **kwargs: Any,
     ) -> Any:
-        directories = policy_dirs or _default_directories(root)
-        legacy = legacy_dir or (LEGACY_DIRECTORY if os.path.isdir(LEGACY_DIRECTORY) else NO_LEGACY)
-        place = Place(tuple(directories), legacy, system_info, root)
+        directories, legacy = _default_place(root)
+        if policy_dirs:
+            directories = policy_dirs
+            legacy = LEGACY_DIRECTORY if os.path.isdir(LEGACY_DIRECTORY) else NO_LEGACY
+        place = Place(directories, legacy_dir or legacy, system_info, root)
         return command(*args, place=place, **kwargs)
 
     result: Any = wrapper
@@ -157,15 +159,17 @@ def place_options(command: Command) -> Command:
     return result  # type: ignore[no-any-return]
 
 
-def _default_directories(root: str | None) -> tuple[str, ...]:
+def _default_place(root: str | None) -> tuple[tuple[str, ...], str]:
+    """Return the policy directories and the legacy one: of the system, else those of Qubes."""
     from sluice.cli.common import places
 
     paths = places(root)
     if root is not None or paths.system_file.exists() or os.path.isdir(paths.config / "policy.d"):
         directories = [os.fspath(directory) for directory in paths.policy_directories]
         # Made at start: a system that is not running has no runtime directory.
-        return tuple(d for d in directories if os.path.isdir(d)) or (directories[-1],)
-    return tuple(d for d in DIRECTORIES if os.path.isdir(d)) or DIRECTORIES
+        found = tuple(d for d in directories if os.path.isdir(d)) or (directories[-1],)
+        return found, os.fspath(paths.config / "policy.legacy")
+    return tuple(d for d in DIRECTORIES if os.path.isdir(d)) or DIRECTORIES, LEGACY_DIRECTORY
 
 
 def show_error(error: PolicyError) -> None:

@@ -22,7 +22,7 @@ _WRITERS = {"svg": to_svg, "html": to_html, "dot": to_dot}
 @click.option("--service", "services", multiple=True, metavar="SERVICE[+ARG]")
 @click.option("--domain", "domains", multiple=True, metavar="NAME")
 @click.option("--no-ask", is_flag=True, help="Leave out what a person would have to allow.")
-@click.option("--expand", is_flag=True, help="Give each domain a box, also those treated alike.")
+@click.option("--expand", is_flag=True, help="Fold and leave out nothing.")
 @place_options
 @tell_policy_errors
 def command(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape as html
 from typing import NamedTuple
 
-from sluice.policy.graph import Edge, Graph, Node
+from sluice.policy.graph import Common, Edge, Graph, Node
 from sluice.policy.layout import Box, Layout, Point, arrange
 
 _LINE = 18
@@ -30,6 +30,9 @@ svg { background: #ffffff; font-family: "DejaVu Sans", Verdana, sans-serif; font
 def to_dot(graph: Graph) -> str:
     """Return the graph in the language of Graphviz; colours as in section 21.1."""
     lines = ["digraph g {"]
+    if graph.common:
+        told = "\\l".join(_dot(line) for line in _caption(graph))
+        lines.append(f'  label = "{told}\\l";')
     for node in graph.nodes:
         label = "\\n".join(_dot(member.name) for member in node.members)
         style = "style = dotted" if node.name[0] == "@" else "penwidth = 3"
@@ -42,6 +45,24 @@ def to_dot(graph: Graph) -> str:
                 ends = f'"{_dot(edge.source)}" -> "{_dot(edge.target)}"'
                 lines.append(f'  {ends} [label="{label}" color={colour}];')
     return "\n".join([*lines, "}", ""])
+
+
+def _caption(graph: Graph) -> list[str]:
+    """Return what is told in words: the services of all domains, a line each."""
+    lines: list[str] = []
+    for target, group in _by_target(graph):
+        lines += [target, *(f"    {common}" for common in group)]
+    return lines
+
+
+def _by_target(graph: Graph) -> list[tuple[str, list[Common]]]:
+    groups: dict[str | None, list[Common]] = {}
+    for common in graph.common:
+        groups.setdefault(common.target, []).append(common)
+    return [
+        ("Between any two domains:" if target is None else f"From any domain to {target}:", group)
+        for target, group in groups.items()
+    ]
 
 
 def _dot(text: str) -> str:
@@ -57,12 +78,19 @@ class _Line(NamedTuple):
 def to_svg(graph: Graph, title: str = "Permitted calls") -> str:
     """Return the drawing as a stand-alone SVG document."""
     body, layout = _body(graph)
-    width, height = round(layout.width), round(layout.height)
+    caption = _caption(graph)
+    below = _LINE * len(caption)
+    longest = max(map(len, caption), default=0) * 7.0 + 60
+    width, height = round(max(layout.width, longest)), round(layout.height + below + 20)
+    words = "".join(
+        f'<text x="30" y="{layout.height + _LINE * (number + 1):.0f}">{html(line)}</text>\n'
+        for number, line in enumerate(caption)
+    )
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img">\n'
-        f"<title>{html(title)}</title>\n<style>{_STYLE}</style>\n{body}</svg>\n"
+        f"<title>{html(title)}</title>\n<style>{_STYLE}</style>\n{body}{words}</svg>\n"
     )
 
 
@@ -196,6 +224,7 @@ h1 {{ font-size: 18px; }} label {{ margin-right: 14px; }} select {{ font-size: 1
 <p class="legend"><span class="allow-key">&#8212; allowed</span>
 <span class="ask-key">&#8212; asked</span> Rest the pointer on a line to see its services,
 on a box to see its lines.</p>
+{common}
 <div id="drawing"><svg width="{width}" height="{height}"
  viewBox="0 0 {width} {height}">{body}</svg></div>
 <script>
@@ -242,6 +271,10 @@ for (const node of nodes) {{
 def to_html(graph: Graph, title: str = "Permitted calls") -> str:
     """Return one page with the drawing and its filters; it loads nothing from anywhere."""
     body, layout = _body(graph)
+    told = "".join(
+        f"<p>{html(where)}</p><ul>{''.join(f'<li>{html(str(c))}</li>' for c in group)}</ul>"
+        for where, group in _by_target(graph)
+    )
     services = sorted({name for edge in graph.edges for name in (*edge.allowed, *edge.asked)})
     domains = sorted(member.name for node in graph.nodes for member in node.members)
     # The services of a line by the text of its attribute: names may contain spaces.
@@ -252,6 +285,7 @@ def to_html(graph: Graph, title: str = "Permitted calls") -> str:
         width=round(layout.width),
         height=round(layout.height),
         body=body,
+        common=told,
         lists=_script({"service": services, "domain": domains, "of": of}),
     )
 

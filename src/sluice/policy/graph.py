@@ -1,9 +1,10 @@
 """Permitted calls as a graph: who reaches whom, with which services. Drawn by ``drawing``.
 
 Nodes are domains, dom0 and new disposables; an edge carries the services by which its source
-reaches its target. Domains that a policy treats alike (swap two of them, and the graph is the same)
-can be folded into one node, without which every rule for ``@anyvm`` would draw a line between any
-two domains.
+reaches its target. Two things keep a picture readable where rules speak of ``@anyvm``, and lose
+nothing: what (nearly) any two domains may do is told once, with its exceptions, instead of being
+drawn between all of them; and domains that are treated alike (swap two of them, and the graph is
+the same) are folded into one node.
 """
 
 from __future__ import annotations
@@ -48,11 +49,35 @@ class Edge(NamedTuple):
     asked: tuple[str, ...]
 
 
+class Common(NamedTuple):
+    """A service that any domain may call of any other (or of ``target``), with the exceptions."""
+
+    target: str | None
+    service: str
+    verb: str
+    exceptions: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """Return it in words; domains that are excepted altogether are named once."""
+        sources = {source for source, _ in self.exceptions}
+        targets = {target for _, target in self.exceptions}
+        if not self.exceptions:
+            but = ""
+        elif len(sources) == 1 < len(targets):
+            but = f", but not from {min(sources)} to {', '.join(sorted(targets))}"
+        elif len(targets) == 1:
+            but = f", but not from {', '.join(sorted(sources))} to {min(targets)}"
+        else:
+            but = ", but not " + ", ".join(f"{a} to {b}" for a, b in self.exceptions)
+        return f"{self.service}: {'asked' if self.verb == 'ask' else 'allowed'}{but}"
+
+
 class Graph(NamedTuple):
-    """Nodes in the order of the registry, and edges."""
+    """Nodes in the order of the registry, edges, and what is the same for all domains."""
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
+    common: tuple[Common, ...] = ()
 
 
 Pairs = dict[tuple[str, str], tuple[frozenset[str], frozenset[str]]]
@@ -79,9 +104,49 @@ def build(
     used = {name for pair in pairs for name in pair}
     order = [domain.name for domain in info if domain.name in used]
     order += sorted(used.difference(order))
-    groups = _fold(order, pairs, info) if fold else [[name] for name in order]
+    common: tuple[Common, ...] = ()
+    if fold:
+        members = [name for name in order if name in info and name != "dom0"]
+        pairs, common = _common(pairs, members)
+    groups = _fold(order, pairs) if fold else [[name] for name in order]
     nodes = tuple(Node(tuple(Member(name, _colour(name, info)) for name in g)) for g in groups)
-    return Graph(nodes, tuple(_edges(groups, pairs)))
+    return Graph(nodes, tuple(_edges(groups, pairs)), common)
+
+
+def _common(pairs: Pairs, names: list[str]) -> tuple[Pairs, tuple[Common, ...]]:
+    """Take out what at least two thirds of all domains have in common: a call of each other, or
+    a call of dom0 or of one disposable."""
+    kept = dict(pairs)
+    found: list[Common] = []
+    if len(names) < 4:
+        return kept, ()
+    targets = sorted({target for _, target in pairs}.difference(names))
+    for target in (None, *targets):
+        if target is None:
+            everyone = [(a, b) for a in names for b in names if a != b]
+        else:
+            everyone = [(name, target) for name in names]
+        found += _take_out(kept, target, everyone)
+    return {pair: labels for pair, labels in kept.items() if any(labels)}, tuple(found)
+
+
+def _take_out(pairs: Pairs, target: str | None, everyone: list[tuple[str, str]]) -> list[Common]:
+    count: dict[tuple[int, str], set[tuple[str, str]]] = {}
+    for pair in everyone:
+        for number, labels in enumerate(pairs.get(pair, ())):
+            for label in labels:
+                count.setdefault((number, label), set()).add(pair)
+    found = []
+    for (number, label), having in sorted(count.items()):
+        if len(having) * 3 < len(everyone) * 2:
+            continue
+        exceptions = tuple(pair for pair in everyone if pair not in having)
+        found.append(Common(target, label, ("allow", "ask")[number], exceptions))
+    gone = [frozenset(c.service for c in found if c.verb == verb) for verb in ("allow", "ask")]
+    for pair in everyone:
+        if pair in pairs:
+            pairs[pair] = (pairs[pair][0] - gone[0], pairs[pair][1] - gone[1])
+    return found
 
 
 def _calls(world: World, services: Collection[str]) -> list[CallClass] | None:
@@ -100,6 +165,8 @@ def _pairs(world: World, policy: Policy, calls: list[CallClass] | None, include_
     for way in reaches(world, policy, calls=calls):
         if way.source in unknown or (way.verb == "ask" and not include_ask):
             continue
+        if way.source == way.target:
+            continue  # of oneself, by UUID (Q-13): nobody gains anything by it
         sets = labels.setdefault((way.source, way.target), (set(), set()))
         sets[way.verb == "ask"].add(_label(way.call))
     return {
@@ -132,7 +199,7 @@ def _colour(name: str, info: SystemInfo) -> str:
         return PLAIN_COLOUR
 
 
-def _fold(order: list[str], pairs: Pairs, info: SystemInfo) -> list[list[str]]:
+def _fold(order: list[str], pairs: Pairs) -> list[list[str]]:
     """Put names together that can be swapped without changing the graph."""
     out: dict[str, dict[str, object]] = {name: {} for name in order}
     into: dict[str, dict[str, object]] = {name: {} for name in order}

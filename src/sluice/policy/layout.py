@@ -160,7 +160,7 @@ def _relax(
 ) -> None:
     """Move the slots of a column towards their neighbours, keeping order and distance."""
     wish = {
-        slot: sum(y[s] for s in near[slot]) / len(near[slot]) if near[slot] else y[slot]
+        slot: sum(y[s] for s in near[slot]) / len(near[slot]) if near[slot] else 0.0
         for slot in column
     }
     for forward in (True, False):
