@@ -27,6 +27,7 @@ FULL = 1 << 20  # queued bytes above which the agent is not listened to and gets
 PACE = 1 << 20  # bytes a second from the agent, in the long run
 PACE_BURST = 16 << 20
 LAST_READS = 64
+CROWD = 128  # queued descriptors above which further calls wait, so that few of ours are held
 SEND_BUFFER = 32768  # small, so that few descriptors can be in flight to one domain
 
 _AGAIN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR)
@@ -67,7 +68,9 @@ class ControlChannel:
         self._pause: asyncio.TimerHandle | None = None
         self._reading = False
         self._writing = False
+        self._waiting: list[asyncio.Future[None]] = []
         self.queued = 0
+        self.carried = 0
         self.closed = False
         sock.setblocking(False)
         if bounded_flight:
@@ -80,7 +83,7 @@ class ControlChannel:
     @property
     def busy(self) -> bool:
         """Whether local requests should wait (section 6.3)."""
-        return self.queued > BUSY
+        return self.queued > BUSY or self.carried > CROWD
 
     @property
     def full(self) -> bool:
@@ -96,10 +99,29 @@ class ControlChannel:
             return
         self._queue.append((memoryview(data), tuple(fds)))
         self.queued += len(data)
+        self.carried += len(fds)
         if not self._writing:
             self._flush()
         if self.full:
             self._deafen()
+
+    async def room(self, seconds: float) -> bool:
+        """Wait until the channel is not busy, at most ``seconds``; tell whether it is so now."""
+        end = self._loop.time() + seconds
+        while self.busy and not self.closed:
+            turn: asyncio.Future[None] = self._loop.create_future()
+            self._waiting.append(turn)
+            await asyncio.wait({turn}, timeout=end - self._loop.time())
+            if not turn.done():
+                self._waiting.remove(turn)
+                return False
+        return not self.closed
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)
 
     def _flush(self) -> None:
         was_busy = self.busy
@@ -124,6 +146,7 @@ class ControlChannel:
         if not self._pause:
             self._listen()
         if was_busy:
+            self._wake()
             self._on_writable()
 
     def _send_some(self, data: memoryview, fds: tuple[int, ...]) -> int:
@@ -139,12 +162,16 @@ class ControlChannel:
                 # The kernel has too many descriptors in flight for this user. The message goes
                 # without: the agent then ends that call with a failed start, nobody waits.
                 self._queue[0] = (data, ())
-                close_all(fds)
+                self._release(fds)
                 return self._send_some(data, ())
             self._fail()
             return -1
-        close_all(fds)
+        self._release(fds)
         return sent
+
+    def _release(self, fds: tuple[int, ...]) -> None:
+        self.carried -= len(fds)
+        close_all(fds)
 
     # --- up -------------------------------------------------------------------------------
 
@@ -209,7 +236,8 @@ class ControlChannel:
         if self._pause:
             self._pause.cancel()
         for _, fds in self._queue:
-            close_all(fds)
+            self._release(fds)
         self._queue.clear()
         self.queued = 0
+        self._wake()
         self._sock.close()

@@ -122,6 +122,7 @@ class CallHandler:
             text,
             environment=dict(os.environb),
             on_done=finish,
+            on_gone=lambda: self._served.discard(service),
             log=lambda line: self._log(f"{self.describe(request)}: {line}"),
         )
         self._served.add(service)
@@ -141,7 +142,6 @@ class CallHandler:
             service.close()
             raise
         finally:
-            self._served.discard(service)
             if client is not None:
                 client.close()
 

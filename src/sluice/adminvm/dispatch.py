@@ -34,6 +34,8 @@ from sluice.vchan.passed import make_pair
 from sluice.wire import messages as wire
 from sluice.wire.names import escape
 
+ROOM_PATIENCE = 10.0  # seconds that a call waits for an agent to read
+
 
 class Domains(Protocol):
     """Where the dispatcher finds domains."""
@@ -145,6 +147,9 @@ class Dispatcher:
         text = command_for_dom0(
             record.service, decision.policy_source or source.name, decision.requested_target
         )
+        await _make_room(source)
+        if request.verdict is not Verdict.PENDING:
+            raise Refused("the source is gone")
         ends = Ends(self._loop, record)
         channel = source.calls.open(0, record.number, outgoing=True, owner=ends.expect("source"))
         try:
@@ -165,7 +170,6 @@ class Dispatcher:
 
         def done(status: int) -> None:
             record.exit_code = status
-            self._served.discard(service)
             target.end()
 
         service = Dom0Call(
@@ -173,6 +177,7 @@ class Dispatcher:
             text,
             environment=self._environment,
             on_done=done,
+            on_gone=lambda: self._served.discard(service),
             log=lambda line: self._log(f"call {record.number}: {line}"),
             service_path=self._service_path,
             config_path=self._config_path,
@@ -184,7 +189,6 @@ class Dispatcher:
             record.cause = await ends.wait()
         except BaseException:
             service.close()
-            self._served.discard(service)
             raise
 
     async def _to_domain(
@@ -192,6 +196,7 @@ class Dispatcher:
     ) -> None:
         target = await self._domains.reach(decision.selected, decision.autostart)
         record.target = target.name
+        await _make_room(source, target)
         record.stage("target_ready")
         if request.verdict is not Verdict.PENDING:
             raise Refused("the source is gone")
@@ -311,6 +316,17 @@ def _closing(fds: tuple[int, ...]) -> Iterator[None]:
     except BaseException:
         close_all(fds)
         raise
+
+
+async def _make_room(*runs: DomainRun) -> None:
+    """Wait until all these agents have read what was sent to them, but not for ever.
+
+    So the descriptors that we hold for agents which do not read are few, whatever domains agree on.
+    """
+    while any(run.endpoint.busy for run in runs):
+        for run in runs:
+            if not await run.endpoint.room(ROOM_PATIENCE):
+                raise Refused(f"{run.name} does not read its control channel")
 
 
 def _join(source: DomainRun, target: DomainRun, request: Request, number: int, text: bytes) -> None:

@@ -60,19 +60,23 @@ class Dom0Call:
         environment: Mapping[bytes, bytes],
         on_done: Callable[[int], None],
         log: Callable[[str], None],
+        on_gone: Callable[[], None] | None = None,
         service_path: str | None = None,
         config_path: str | None = None,
     ) -> None:
         """Take the command without user part (6.9.5).
 
         ``on_done`` is called once, with the service's status, or 1 after a breach of the protocol
-        on the channel. The paths replace the search lists of the environment.
+        on the channel. ``on_gone`` is called once when, besides, no process of the call is left:
+        after a breach the service goes on with its streams closed. The paths replace the search
+        lists of the environment.
         """
         self._loop = loop
         self._text = text
         self._environment = environment
         self._on_done = on_done
         self._log = log
+        self._on_gone = on_gone
         self._service_path = service_path
         self._config_path = config_path
         self._settings = ServiceConfiguration()
@@ -128,6 +132,7 @@ class Dom0Call:
     def _waited(self, command: Command) -> None:
         self._pid = -1
         if self._over:
+            self._note_gone()
             return
         try:
             self._launch(command)
@@ -165,6 +170,7 @@ class Dom0Call:
         self._exited = status
         if self._channel is not None:
             self._channel.process_exited(status)
+        self._note_gone()
 
     # --- the channel ----------------------------------------------------------------------
 
@@ -211,27 +217,36 @@ class Dom0Call:
         if not self._over:
             self._over = True
             self._on_done(self._failed if self._failed is not None else status)
+            self._note_gone()
+
+    def _note_gone(self) -> None:
+        if self._over and self._pid < 0 and self._on_gone is not None:
+            told, self._on_gone = self._on_gone, None
+            told()
 
     # --- the end --------------------------------------------------------------------------
 
     def close(self, signal: int = 9) -> None:
         """Give the call up: close the channel, end the service and its whole session.
 
-        ``on_done`` is not called any more. The process is still reaped by the loop.
+        ``on_done`` is not called any more. The process is still reaped by the loop. May be
+        repeated.
         """
         self._over = True
         if self._attempt is not None:
             self._attempt.close()
+        started, self._started = self._started, None
         if self._channel is not None:
             self._channel.close()
-        elif self._started is not None:
-            for fd in {self._started.in_fd, self._started.out_fd}:
+        elif started is not None:
+            for fd in {started.in_fd, started.out_fd}:
                 os.close(fd)
-        if self._ends is not None:
-            for fd in set(self._ends):
-                os.close(fd)
+        ends, self._ends = self._ends, None
+        for fd in set(ends or ()):
+            os.close(fd)
         if self._pid > 0:
             try:  # noqa: SIM105  contextlib is too dear for the small programs
                 os.killpg(self._pid, signal)
             except ProcessLookupError:
                 pass
+        self._note_gone()

@@ -133,6 +133,18 @@ class Endpoint:
         if self.local is not None:
             self.local.close()
 
+    async def room(self, seconds: float) -> bool:
+        """Wait, at most ``seconds``, until the agent has read enough for another call.
+
+        Tells whether there is room; there is none any more where the channel has ended.
+        """
+        return await self._channel.room(seconds)
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls should wait until the agent has read more."""
+        return self._channel.busy
+
     async def flush(self, seconds: float) -> None:
         """Wait until the agent has been sent everything, at most ``seconds``."""
         end = self._loop.time() + seconds

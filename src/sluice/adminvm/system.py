@@ -25,7 +25,7 @@ from sluice.adminvm.api import ApiServer
 from sluice.adminvm.audit import AuditLog, timestamp
 from sluice.adminvm.channels import MAX_CALLS, Channel
 from sluice.adminvm.decision import Refused
-from sluice.adminvm.dispatch import Dispatcher, OpenCall
+from sluice.adminvm.dispatch import ROOM_PATIENCE, Dispatcher, OpenCall
 from sluice.adminvm.judge import Judge, PolicyJudge
 from sluice.adminvm.link import Request
 from sluice.adminvm.local import LocalSession
@@ -38,7 +38,7 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.registry import Registry
 from sluice.domains.sandbox.base import Sandbox
-from sluice.errors import LocalError, SluiceError
+from sluice.errors import LocalError, ResourceError, SluiceError
 from sluice.policy.files import PolicyStore
 from sluice.wire import messages as wire
 
@@ -143,7 +143,8 @@ class AdminVM:
         runs = list(self._runs.values())
         for run in runs:
             run.stop("the AdminVM stops")
-        self.dispatcher.close()
+        if self._audit is not None:
+            self.dispatcher.close()
         if runs:
             await asyncio.wait([run.ended for run in runs], timeout=GRACE)
         for run in runs:
@@ -299,6 +300,8 @@ class AdminVM:
         """
         run = await self.reach(name, autostart)
         text = command.encode() if isinstance(command, str) else command
+        if not await run.endpoint.room(ROOM_PATIENCE):
+            raise ResourceError(f"{name} does not read its control channel")
         return self.dispatcher.open(run, user.encode() + b":" + text)
 
     async def run(
