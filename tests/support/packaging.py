@@ -23,7 +23,7 @@ PROGRAMS = (
 )  # fmt: skip
 SYSTEM_PROGRAMS = ("ldconfig", "start-stop-daemon")
 # What the package may depend on; these are taken to be installed as they are on this machine.
-PRESENT = ("python3", "libc6", "libgcc-s1", "libstdc++6", "libseccomp2")
+PRESENT = ("base-files", "python3", "libc6", "libgcc-s1", "libstdc++6", "libseccomp2")
 
 # The other end of a call in a Qubes VM: notes how it was called and runs /srv/SERVICE.
 CLIENT = """#!/bin/sh
@@ -58,6 +58,11 @@ class BareDebian:
         for name in ("dpkg/info", "dpkg/updates", "dpkg/triggers"):
             (self.root / "var/lib" / name).mkdir(parents=True)
         (self.root / "var/lib/dpkg/status").write_text(_status())
+        # What belongs to every Debian is nobody else's to remove.
+        (self.root / "var/lib/dpkg/info/base-files.list").write_text(
+            "/.\n/bin\n/etc\n/lib\n/lib64\n/run\n/sbin\n/tmp\n/usr\n/usr/bin\n/usr/lib\n/var\n"
+            "/var/log\n"
+        )
         for name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "etc", "srv", "tmp", "root",
                      "run", "var/log"):  # fmt: skip
             (self.root / name).mkdir(parents=True, exist_ok=True)
