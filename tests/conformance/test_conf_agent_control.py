@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 import struct
@@ -213,3 +214,32 @@ def test_a_command_line_longer_than_a_ring(place: Place) -> None:
     word = b"x" * 60000
     messages = agent.run(ME + b":printf %s " + word)
     assert streams(messages, STDOUT) == word
+
+
+def test_a_stand_alone_agent_out_of_descriptors_goes_on(place: Place) -> None:
+    """Calls that cannot be served end, each with its report; the agent lives on."""
+    agent = AgentUnderTest(place, "-S", prefix=["prlimit", "--nofile=40:40", "--"])
+    place.service("test.Loud", "#!/bin/sh\necho x >&2\nexec cat\n")
+    ports = range(2000, 2030)
+    listeners = {}
+    for port in ports:
+        listeners[port] = agent.request(EXEC, 43, port, ME + b":QUBESRPC test.Loud work")
+    ended = set()
+    connections = []
+    while len(ended) < len(ports):
+        ready = select.select([agent.control.reader, *listeners.values()], [], [], DEADLINE)[0]
+        assert ready
+        for sock in ready:
+            if sock is agent.control.reader:
+                message = agent.control.next()
+                assert message is not None
+                ended.add(struct.unpack("<II", message[1])[1])
+            else:
+                connection = sock.accept()[0]
+                connections.append(connection)
+                # Hello, no input, and nothing more from our side.
+                connection.sendall(struct.pack("<IIIII", HELLO, 4, 4, STDIN, 0))
+    assert ended == set(ports)
+    for connection in connections:
+        connection.close()
+    assert code(agent.run(ME + b":exit 3", port=3000)) == 3

@@ -271,3 +271,26 @@ def test_connect_tcp_usage(place: Place, word: str) -> None:
     process = place.start("qvm-connect-tcp", word)
     _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 2 and b"usage" in err
+
+
+def test_connect_tcp_goes_into_the_background_when_it_listens(place: Place) -> None:
+    local = free_port()
+    word = f"{local}:vault:22"
+    process = place.start("qvm-connect-tcp", "-a", "/nowhere", word, stdout=subprocess.PIPE)
+    # Nothing keeps the output open, so that a shell or a call goes on at once.
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (0, b"", b"")
+    connection = socket.create_connection(("127.0.0.1", local), DEADLINE)
+    assert connection.recv(10) == b""
+    connection.close()
+    ours = [pid for pid in os.listdir("/proc") if pid.isdigit() and word in command_line(pid)]
+    assert len(ours) == 1
+    os.kill(int(ours[0]), signal.SIGKILL)
+
+
+def command_line(pid: str) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return file.read().split("\0")
+    except OSError:
+        return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import signal
 import socket
@@ -40,7 +41,9 @@ ME = SELF.encode()
 class PassedAgent:
     """An agent with an inherited control channel; the tester is its AdminVM."""
 
-    def __init__(self, place: Place, prefix: list[str] | None = None) -> None:
+    def __init__(
+        self, place: Place, prefix: list[str] | None = None, stderr: int = subprocess.PIPE
+    ) -> None:
         self.place = place
         ours, theirs = socket.socketpair()
         self.socket = ours
@@ -51,7 +54,7 @@ class PassedAgent:
             env=place.environment(SLUICE_CONTROL_FD=str(theirs.fileno())),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
         )
         place._processes.append(self.process)
         place._closers.append(ours.close)
@@ -325,3 +328,40 @@ def test_a_flood_of_stderr_is_folded(place: Place) -> None:
         if "left out" in lines[-1]:
             break
     assert len(lines) < 1000
+
+
+def test_an_agent_out_of_descriptors_goes_on(place: Place) -> None:
+    """Calls that cannot be served fail, each with its report; the others and the agent live on."""
+    agent = PassedAgent(place, ["prlimit", "--nofile=60:60", "--"], subprocess.DEVNULL)
+    place.service("test.Wait", "#!/bin/sh\nexec cat\n")
+    wires = {}
+    for number in range(1, 41):
+        kind = JUST if number % 5 == 0 else EXEC
+        wires[number] = agent.start(ME + b":QUBESRPC test.Wait work", number, kind)
+        with contextlib.suppress(BrokenPipeError):
+            wires[number].hello()
+    served = 0
+    for wire in wires.values():
+        with contextlib.suppress(BrokenPipeError):
+            wire.message(0x190, b"x")
+            wire.message(0x190)
+        served += (STDOUT, b"x") in wire.rest()
+        wire.close()
+    assert 5 <= served < 40
+    ended = set()
+    for _ in wires:
+        message = agent.control.next()
+        assert message is not None and message[0] == TERMINATED
+        ended.add(struct.unpack("<II", message[1])[1])
+    assert ended == set(wires)
+    messages = agent.call(ME + b":echo fine", 99).rest()
+    assert streams(messages, STDOUT) == b"fine\n"
+
+
+def test_a_log_that_nobody_reads_stops_nothing(place: Place) -> None:
+    agent = PassedAgent(place)
+    place.service("test.Loud", "#!/bin/sh\nyes $(printf %0900d 1) | head -n 190 >&2\n")
+    for number in (1, 2, 3):
+        messages = agent.call(ME + b":QUBESRPC test.Loud work", number).rest()
+        assert len(streams(messages, STDERR)) == 190 * 901 and code(messages) == 0
+        agent.terminated(number)

@@ -196,6 +196,7 @@ class Place:
         *arguments: str,
         environment: Mapping[str, str] | None = None,
         extra: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
         **options: object,
     ) -> subprocess.Popen[bytes]:
         """Start one of the project's programs as SELF."""
@@ -203,7 +204,7 @@ class Place:
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("stderr", subprocess.PIPE)
         process = subprocess.Popen(  # type: ignore[call-overload]
-            as_user([str(BIN / program), *arguments]), env=env, **options
+            as_user([*prefix, str(BIN / program), *arguments]), env=env, **options
         )
         self._processes.append(process)
         return process  # type: ignore[no-any-return]
@@ -277,6 +278,7 @@ class AgentUnderTest:
         version: int = 4,
         handshake: bool = True,
         extra: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.place = place
         self.process = place.start(
@@ -287,6 +289,7 @@ class AgentUnderTest:
             str(place.path / "run" / "fork.%s"),
             *options,
             extra=extra,
+            prefix=prefix,
         )
         self.control = place.vchan_client(42, 0, 512)
         if handshake:

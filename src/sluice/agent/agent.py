@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import _socket
 import os
+import stat
 import sys
 
 from sluice.agent.calls import ServiceCall, Surroundings, plan
@@ -357,6 +358,12 @@ def keep_descriptors_private() -> None:
                 pass
 
 
+def spare_stderr() -> None:
+    """Have writes to a stderr that nobody reads fail instead of waiting: a log must stop nobody."""
+    if stat.S_ISFIFO(os.fstat(2).st_mode):
+        os.set_blocking(2, False)
+
+
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status (7.8)."""
     try:
@@ -400,6 +407,7 @@ def _serve(chosen: dict[str, str]) -> int:
         environment.pop(b"NOTIFY_SOCKET", None)
         path = chosen.get("agent", AGENT_SOCKET)
         if control_fd >= 0:
+            spare_stderr()
             os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
         agent = Agent(
             loop,

@@ -84,9 +84,12 @@ class Surroundings:
     def sink(self, command: Command) -> LineSink | LoggerSink:
         """Make the log of one service's stderr (9.6)."""
         tag = command.descriptor + b"-" + command.source
-        if self.sandbox:
-            return LineSink(self.loop, tag)
-        return LoggerSink(self.loop, tag, lambda pid: self.processes.watch(pid, None))
+        if not self.sandbox:
+            try:
+                return LoggerSink(self.loop, tag, lambda pid: self.processes.watch(pid, None))
+            except OSError as error:
+                self.log(f"no log for {escape(tag)}: {error.strerror}")
+        return LineSink(self.loop, tag)
 
 
 class Plan:
@@ -169,7 +172,7 @@ class ServiceCall:
                 CONNECT_TIMEOUT,
                 self._lost,
             )
-        except LocalError as error:
+        except (LocalError, OSError) as error:
             self._around.loop.call_soon(self._lost, str(error))
 
     def _open(self, read_fd: int, write_fd: int) -> None:
@@ -226,14 +229,18 @@ class ServiceCall:
     def _opened(self) -> None:
         """Start the command now that the peer is there."""
         command = self._plan.command
-        if self._kind not in (EXEC_CMDLINE, JUST_EXEC):
-            self._abort()
-        elif self._plan.error is not None or command is None:
-            self._fail(self._plan.error or ServiceError("no command"))
-        elif self._kind == JUST_EXEC:
-            self._start_detached(command)
-        else:
-            self._start(command)
+        try:
+            if self._kind not in (EXEC_CMDLINE, JUST_EXEC):
+                self._abort()
+            elif self._plan.error is not None or command is None:
+                self._fail(self._plan.error or ServiceError("no command"))
+            elif self._kind == JUST_EXEC:
+                self._start_detached(command)
+            else:
+                self._start(command)
+        except OSError as error:
+            # Descriptors or processes have run out: this call fails, the agent goes on.
+            self._fail(ServiceError(f"cannot start: {error.strerror}"))
 
     def _start(self, command: Command) -> None:
         around = self._around

@@ -67,9 +67,12 @@ class ForkServerCall:
 
     def begin(self) -> bool:
         """Pass the request on. False: there is no such server, the call is still ours."""
-        connection = _socket.socket(
-            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
-        )
+        flags = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
+        try:
+            connection = _socket.socket(_socket.AF_UNIX, flags)
+        except OSError as error:
+            self._log(f"fork server: {error.strerror}")
+            return False
         try:
             connection.connect(self._path)
             text = self._text + b"\0"
