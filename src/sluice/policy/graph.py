@@ -169,10 +169,12 @@ def _pairs(world: World, policy: Policy, calls: list[CallClass] | None, include_
             continue  # of oneself, by UUID: nobody gains anything by it
         sets = labels.setdefault((way.source, way.target), (set(), set()))
         sets[way.verb == "ask"].add(_label(way.call))
-    return {
-        pair: (frozenset(_widest(allowed)), frozenset(_widest(asked)))
-        for pair, (allowed, asked) in labels.items()
-    }
+    found = {}
+    for pair, (allowed, asked) in labels.items():
+        free = _widest(allowed)
+        asked = {a for a in asked if a.partition(" ")[0].partition("+")[0] not in free}
+        found[pair] = (frozenset(free), frozenset(_widest(asked) - free))
+    return found
 
 
 def _label(call: CallClass) -> str:
