@@ -40,9 +40,15 @@ BUILTIN = {
     "lines": "lines:Lines",
     "json": "json:Json",
     "content": "content:Content",
+    "program": "program:Program",
+    "metrics": "metrics:Metrics",
 }
 # Attributes of a filter's class besides its events.
-ATTRIBUTES = ("name", "aliases", "inspects", "Options", "check", "max_held", "describe")
+# ``blocking = True``: it may wait for something else than bytes, so that the resident form gives
+# its chains a process of their own.
+ATTRIBUTES = (
+    "name", "aliases", "inspects", "Options", "check", "max_held", "describe", "blocking",
+)  # fmt: skip
 EVENT_PARAMETERS = {
     "opened": ("call",),
     "data": ("direction", "chunk"),
