@@ -20,7 +20,6 @@ clock have equal stamps, which is why reading comes after the waiting.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
@@ -28,6 +27,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from sluice.errors import PolicyError
 from sluice.policy.evaluation import Policy
@@ -35,6 +35,9 @@ from sluice.policy.loader import DIRECTORIES, LEGACY_DIRECTORY, Loader, parse_fi
 from sluice.policy.parser import Parsed
 from sluice.policy.problems import PolicyLoadError, PolicySyntaxError
 from sluice.policy.rules import Rule
+
+if TYPE_CHECKING:
+    import asyncio
 
 QUIET = 0.1
 PATIENCE = 2.0
@@ -180,6 +183,8 @@ class PolicyStore:
 
     async def current_async(self) -> Policy:
         """Do what ``current`` does without holding up the event loop; one reload serves all."""
+        import asyncio  # the tools, which start often, do without
+
         deadline = self._clock() + self._patience
         while True:
             policy = self._unchanged()
@@ -195,6 +200,8 @@ class PolicyStore:
                 self._bounded(0.0, deadline)
 
     async def _reload_in_thread(self) -> None:
+        import asyncio
+
         delay = await asyncio.to_thread(self._attempt)
         if delay:
             await asyncio.sleep(delay)

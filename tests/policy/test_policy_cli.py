@@ -1,0 +1,305 @@
+"""``sluice policy ...`` and ``qubes-policy-lint`` as people run them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tests.support.policy import FIXTURE
+
+from sluice.cli.main import main
+from sluice.cli.policy_qubes_lint import main as qubes_lint
+from sluice.policy import shipped
+from sluice.runtime import launcher
+
+RULES = """\
+t.S * work vault allow
+t.S * work mail ask default_target=mail
+t.S * work @default allow target=vault user=u
+t.T * work @anyvm deny notify=no
+far.S * work rem1 allow
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with a policy, another one, and the domains."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/30-user.policy").write_text(RULES)
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q/30-user.policy").write_text(RULES.replace("vault allow", "vault deny"))
+    (tmp_path / "world.json").write_text(json.dumps(FIXTURE.to_json()))
+    return tmp_path
+
+
+def run(place: Path, name: str, *arguments: str, policy: str = "p") -> Result:
+    """Run a subcommand on the policy and the domains of ``place``."""
+    options: Sequence[str] = ("--policy-dir", str(place / policy))
+    options = (*options, "--system-info", str(place / "world.json"), "--legacy-dir", "-")
+    return CliRunner().invoke(main, ["policy", name, *options, *arguments])
+
+
+def test_help_names_all() -> None:
+    """Every question has its line."""
+    result = CliRunner().invoke(main, ["policy", "--help"])
+    for name in ("explain", "lint", "test", "who-can", "what-can", "diff", "graph"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("target", "service", "status", "words"),
+    [
+        ("vault", "t.S", 0, ["allow target=vault", "30-user.policy:1"]),
+        ("mail", "t.S", 3, ["ask", "mail", "default=mail", "30-user.policy:2"]),
+        ("", "t.S+x", 0, ["(no target)", "user=u", "30-user.policy:3"]),
+        ("sys-usb", "t.S", 1, ["NO-MATCH", "Came near", "target is sys-usb, not vault"]),
+        ("vault", "t.T", 1, ["POLICY-DENY", "not told", "30-user.policy:4"]),
+        ("rem1", "far.S+q", 0, ["carried by relay as x.Transport+rem1+far.S+q"]),
+    ],
+)
+def test_explain(place: Path, target: str, service: str, status: int, words: list[str]) -> None:
+    """Decision, place and reasons; the exit status tells the decision."""
+    result = run(place, "explain", "work", target, service)
+    assert result.exit_code == status, result.output
+    for word in words:
+        assert word in result.output
+    result = run(place, "explain", "--json", "work", target, service)
+    found = json.loads(result.output)
+    assert {0: "allow", 1: "deny", 3: "ask"}[status] == found["decision"]
+
+
+def test_explain_escapes(place: Path) -> None:
+    """What somebody typed does not reach the terminal raw."""
+    result = run(place, "explain", "wo\x1b[31mrk", "a\x1b]0;x", "t.S\x1b")
+    assert "\x1b" not in result.output
+    assert result.exit_code == 1
+
+
+def test_syntax_errors_are_marked(place: Path) -> None:
+    """File, line, and a mark below the word; exit status 126."""
+    (place / "p/40-bad.policy").write_text("\nt.S * a b permit\n")
+    result = run(place, "explain", "work", "vault", "t.S")
+    assert result.exit_code == 126
+    lines = result.output.splitlines()
+    assert lines[0].endswith("p/40-bad.policy:2: invalid action: permit")
+    assert lines[1].index("permit") == lines[2].index("^")
+
+
+def test_lint(place: Path) -> None:
+    """All errors of the set with their marks; warnings; JSON; exit statuses."""
+    assert run(place, "lint").exit_code == 0
+    (place / "p/40-x.policy").write_text("t.S +a work vault deny\n")
+    result = run(place, "lint")
+    assert (result.exit_code, "unreachable" in result.output) == (0, True)
+    assert run(place, "lint", "--strict").exit_code == 1
+    (place / "p/50-y.policy").write_text("bad\nt.S * @foo b deny\n!compat-4.0\n")
+    (place / "p/60-z.policy").write_text("!include nowhere\n")
+    result = run(place, "lint")
+    assert result.exit_code == 1
+    for text in (
+        "50-y.policy:1: error: wrong number of fields",
+        "50-y.policy:2: error: invalid source token: '@foo'",
+        "60-z.policy:1: error: not a file",
+        "40-x.policy:1: warning: unreachable",
+        "50-y.policy:3: warning: !compat-4.0 is deprecated",
+    ):
+        assert text in result.output
+    found = json.loads(run(place, "lint", "--json").output)
+    assert {"syntax", "unreachable", "deprecated"} <= {entry["code"] for entry in found}
+    marked = next(entry for entry in found if entry["column"])
+    assert (marked["line"], marked["column"]) == (2, 7)
+
+
+def test_lint_files(place: Path) -> None:
+    """Files each on its own, standard input too, also in service format."""
+    bad = place / "bad"
+    bad.write_text("a b allow,user=x\n")
+    assert run(place, "lint", str(bad)).exit_code == 1
+    assert run(place, "lint", "-i", str(bad)).exit_code == 0
+    result = run(place, "lint", str(place / "none"))
+    assert (result.exit_code, "File does not exist." in result.output) == (1, True)
+    result = CliRunner().invoke(main, ["policy", "lint", "-"], input="nonsense\n")
+    assert "-:1: error: wrong number of fields" in result.output
+
+
+def test_lint_services(place: Path) -> None:
+    """Names of services against a directory of them."""
+    (place / "rpc").mkdir()
+    (place / "rpc/t.S").touch()
+    result = run(place, "lint", "--services", str(place / "rpc"))
+    assert "no service t.T is known" in result.output
+    assert "t.S is known" not in result.output
+
+
+def test_cases(place: Path) -> None:
+    """Tables that hold and tables that do not; coverage."""
+    table = place / "calls"
+    table.write_text("work vault t.S allow\nwork vault t.T deny notify=no\n")
+    result = run(place, "test", str(table), "--coverage")
+    assert result.exit_code == 0, result.output
+    assert "2 of 5 rules decided something (40 %)" in result.output
+    assert "never: " in result.output
+    assert "2 calls, 0 not as expected" in result.output
+    assert run(place, "test", str(table), "--min-coverage", "50").exit_code == 1
+    table.write_text("work vault t.S deny\n")
+    result = run(place, "test", str(table))
+    assert result.exit_code == 1
+    assert f"{table}:1: work vault t.S deny" in result.output
+    assert "deny expected, allow decided" in result.output
+    found = json.loads(run(place, "test", "--json", str(table)).output)
+    assert (found["calls"], len(found["failures"])) == (1, 1)
+    table.write_text("work vault\n")
+    result = run(place, "test", str(table))
+    assert (result.exit_code, f"{table}:1: " in result.output) == (125, True)
+
+
+def test_shipped_table() -> None:
+    """The table of the shipped policies runs from the command line, with no system about."""
+    result = CliRunner().invoke(main, ["policy", "test", str(shipped.CASES)])
+    assert result.exit_code == 0, result.output
+
+
+def test_who_can(place: Path) -> None:
+    """Sources, how they ask, by which rule."""
+    result = run(place, "who-can", "t.S", "vault")
+    assert result.exit_code == 0
+    assert "work\n" in result.output
+    assert "asking for vault" in result.output
+    assert "(no target) as u" in result.output
+    assert run(place, "who-can", "t.S", "dom0").exit_code == 1
+    result = run(place, "who-can", "t.S", "valut")
+    assert (result.exit_code, "did you mean vault" in result.output) == (125, True)
+    found = json.loads(run(place, "who-can", "--json", "t.S", "mail").output)
+    assert {(way["source"], way["decision"]) for way in found} == {("work", "ask")}
+
+
+def test_what_can(place: Path) -> None:
+    """What is reached, directly and through others."""
+    result = run(place, "what-can", "work")
+    assert result.exit_code == 0
+    for word in ("directly:", "vault", "rem1", "relay", "ask   t.S+*", "allow t.S+*"):
+        assert word in result.output
+    assert run(place, "what-can", "vault").exit_code == 1
+    found = json.loads(run(place, "what-can", "--json", "--no-ask", "--direct", "work").output)
+    assert {step["domain"] for step in found} == {"vault", "rem1", "relay"}
+
+
+def test_diff(place: Path) -> None:
+    """Directories and files; nothing, something, as text and JSON."""
+    both = (str(place / "p"), str(place / "q"))
+    result = run(place, "diff", *both)
+    assert result.exit_code == 1
+    assert "allow  =>  deny" in result.output
+    assert "for example work -> vault t.S+:" in result.output
+    assert "q/30-user.policy:1" in result.output
+    assert run(place, "diff", both[0], both[0]).exit_code == 0
+    file = str(place / "p/30-user.policy")
+    assert run(place, "diff", file, both[0]).exit_code == 0
+    groups = json.loads(run(place, "diff", "--json", *both).output)
+    assert {(one["old"], one["new"]) for one in groups} == {
+        ("allow", "deny"), ("ask default=mail", "ask default=mail -vault"),
+    }  # fmt: skip
+    denied = next(one for one in groups if one["new"] == "deny")
+    assert denied["pairs"] == [{"source": "work", "target": "vault"}]
+
+
+def test_graph(place: Path) -> None:
+    """The form follows the name of the file."""
+    for name, start in (("g.svg", "<?xml"), ("g.html", "<!DOCTYPE"), ("g.dot", "digraph")):
+        assert run(place, "graph", "-o", str(place / name)).exit_code == 0
+        assert (place / name).read_text().startswith(start)
+    result = run(place, "graph", "--format", "dot", "--domain", "mail")
+    assert '"work" -> "mail"' in result.output
+    assert '"work" -> "vault"' not in result.output
+
+
+def test_system_of_sluice(tmp_path: Path) -> None:
+    """Without options the tools take rules and domains of the system below --root."""
+    config = tmp_path / "config"
+    (config / "policy.d").mkdir(parents=True)
+    (config / "policy.d/30-user.policy").write_text("t.S * one two allow\n")
+    (config / "system.toml").write_text(
+        '[domains.one]\nclass = "AppVM"\n[domains.two]\nclass = "AppVM"\n'
+    )
+    result = CliRunner().invoke(
+        main, ["policy", "explain", "--root", str(tmp_path), "one", "two", "t.S"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "allow target=two" in result.output
+    assert not (tmp_path / "state").exists()  # a question leaves nothing behind
+
+
+def test_no_domains_known(tmp_path: Path) -> None:
+    """A hint, no traceback."""
+    (tmp_path / "p").mkdir()
+    arguments = ["policy", "explain", "--root", str(tmp_path), "a", "b", "t.S"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 125
+    assert "--system-info" in result.output
+
+
+def lint_by_name(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    """Run qubes-policy-lint; return its status and what it printed."""
+    status = qubes_lint(arguments)
+    return status, capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.spec("POL-211", "POL-212", "POL-213")
+def test_qubes_policy_lint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its output and exit statuses; every file is checked."""
+    good, bad, service = tmp_path / "good", tmp_path / "bad", tmp_path / "service"
+    good.write_text("# c\nt.S * a b allow\n!include include/no-such\n!compat-4.0\n")
+    bad.write_text("t.S * a b permit  \n!include /abs/x\n!include include/a/b\n")
+    service.write_text("$anyvm b allow,user=x\n")
+    assert lint_by_name(capsys, str(good)) == (0, [])
+    status, lines = lint_by_name(capsys, str(bad), str(good), str(tmp_path / "none"))
+    assert status == 1
+    assert lines[0] == f"{bad}:1: error: invalid action: permit"
+    assert lines[1].startswith(f"{bad}:2: error: invalid path /abs/x")
+    assert lines[2].startswith(f"{bad}:3: error: invalid path include/a/b")
+    assert lines[3] == f"{tmp_path / 'none'}:0: error: File does not exist."
+    status, lines = lint_by_name(capsys, "-s", str(bad))
+    assert lines[0] == f"{bad}:1: error: invalid action: permit: t.S * a b permit"
+    assert lint_by_name(capsys, "-i", str(service)) == (0, [])
+    assert lint_by_name(capsys, str(service))[0] == 1
+    assert lint_by_name(capsys, "-i", str(good))[0] == 1
+
+
+@pytest.mark.spec("POL-212")
+def test_qubes_policy_lint_launcher() -> None:
+    """The program itself, on standard input."""
+    found = subprocess.run(
+        [launcher("qubes-policy-lint"), "-s", "-"],
+        input=b"t.S * a b deny\nnonsense\n",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.stdout == b"-:2: error: wrong number of fields: nonsense\n"
+    assert (found.returncode, found.stderr) == (1, b"")
+    usage = subprocess.run(
+        [launcher("qubes-policy-lint")], capture_output=True, timeout=60, check=False
+    )
+    assert usage.returncode == 2
+
+
+def test_tools_load_little(place: Path) -> None:
+    """One question does not load what only another needs, nor asyncio."""
+    code = (
+        "import sys; from sluice.cli.main import main\n"
+        "try: main.main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "unwanted = ('asyncio', 'sluice.policy.lint', 'sluice.policy.drawing', 'rich')\n"
+        "bad = [name for name in unwanted if name in sys.modules]; assert not bad, bad"
+    )
+    options = ["--policy-dir", str(place / "p"), "--system-info", str(place / "world.json")]
+    arguments = ["policy", "explain", *options, "work", "vault", "t.S"]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments], timeout=60, capture_output=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, b"")
