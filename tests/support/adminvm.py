@@ -14,6 +14,7 @@ import struct
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -377,7 +378,7 @@ class PlayedJudge:
 
     def __init__(self, rulings: Mapping[str, Ruling] = MappingProxyType({})) -> None:
         self.rulings = dict(rulings)
-        self.asked: list[tuple[str, str, str]] = []
+        self.asked: deque[tuple[str, str, str]] = deque(maxlen=1000)
 
     def allow(self, target: str, *, to: str = "", **fields: Any) -> None:
         values: dict[str, Any] = {
