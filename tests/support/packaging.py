@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "bash", "cat", "chmod", "cp", "date", "dash", "diff", "dirname", "dpkg", "dpkg-deb",
-    "dpkg-divert", "dpkg-query", "dpkg-split", "env", "false", "find", "grep", "head", "id", "ls",
+    "dpkg-divert", "dpkg-query", "dpkg-split", "env", "false", "find", "grep", "head", "id", "install", "ls",
     "mkdir", "mktemp", "mv", "python3.11", "readlink", "rm", "rmdir", "sed", "sh", "sha256sum",
     "sleep", "sort", "systemctl", "tar", "tee", "touch", "tr", "true", "uname", "wc", "xz",
 )  # fmt: skip
