@@ -126,7 +126,8 @@ def record_of(flow: Flow) -> dict[str, Any]:
         if name != "begun"
     }
     record["bytes"] = flow.counters()
-    record["filters"] = [
+    elsewhere = getattr(flow.far, "filters", None)
+    record["filters"] = elsewhere or [
         {"name": stage.name, "verdicts": stage.verdicts} for stage in flow.chain.stages
     ]
     return record

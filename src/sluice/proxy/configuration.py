@@ -99,7 +99,7 @@ def load(path: str | None = None) -> Configuration:
     filters = Filters(settings.filters)
     chains: dict[str, ChainConfig] = {}
     for file in read:
-        for chain in _chains(file, filters):
+        for chain in _chains(file, filters, settings):
             if chain.name in chains:
                 raise file.error(
                     ("chains", chain.name),
@@ -136,7 +136,7 @@ def _settings(files: list[_File]) -> ProxySettings:
     return made
 
 
-def _chains(file: _File, filters: Filters) -> Iterator[ChainConfig]:
+def _chains(file: _File, filters: Filters, settings: ProxySettings) -> Iterator[ChainConfig]:
     tables = file.tables.get("chains", {})
     if not isinstance(tables, dict):
         raise file.error(("chains",), "must be a table", "[chains.NAME]")
@@ -146,10 +146,12 @@ def _chains(file: _File, filters: Filters) -> Iterator[ChainConfig]:
             raise file.error(path, "illegal name", "1 to 64 of A-Z a-z 0-9 _ . -")
         if not isinstance(table, dict):
             raise file.error(path, "must be a table", f"[chains.{name}]")
-        yield _chain(file, name, table, filters)
+        yield _chain(file, name, table, filters, settings)
 
 
-def _chain(file: _File, name: str, table: dict[str, Any], filters: Filters) -> ChainConfig:
+def _chain(
+    file: _File, name: str, table: dict[str, Any], filters: Filters, settings: ProxySettings
+) -> ChainConfig:
     path: Path = ("chains", name)
     try:
         values = convert_table(ChainTable, table)
@@ -158,12 +160,58 @@ def _chain(file: _File, name: str, table: dict[str, Any], filters: Filters) -> C
         raise file.error((*path, field), error.message_only, error.hint) from None
     _check_names(file, path, values)
     uses: list[Any] = []
-    for place, element in enumerate(values.pop("filters")):
+    given = values.pop("filters")
+    plugins = _plugins(file, path, given, filters, settings) if settings.legacy_plugins else {}
+    for place, element in enumerate(given):
+        if place in plugins:
+            continue
         uses.append(_use(file, (*path, "filters", place), element, filters))
         twice = [use.name for use in uses].count(uses[-1].name)
         if twice > 1:
             uses[-1].name = f"{uses[-1].name}#{twice}"
-    return ChainConfig(name, uses, file=file.path, line=file.line(path), **values)
+    legacy = None
+    if plugins:
+        from sluice.proxy.legacy import legacy_parts
+
+        numbers = iter(range(len(uses)))
+        elements = [
+            plugins[place][1] if place in plugins else {"use": next(numbers)}
+            for place in range(len(given))
+        ]
+        ends = {kind: part for kind, part in plugins.values() if kind != "proxy"}
+        elements = [part for part in elements if not any(part is end for end in ends.values())]
+        legacy = legacy_parts(elements, settings.legacy_plugins, ends)
+    at = file.line(path)
+    return ChainConfig(name, uses, file=file.path, line=at, legacy=legacy, **values)
+
+
+def _plugins(
+    file: _File, path: Path, elements: list[Any], filters: Filters, settings: ProxySettings
+) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Return what of a chain are plugins of the earlier proxy: place -> kind and description.
+
+    A name that a filter has means the filter. Only a first one can be the source (src), only a last
+    one the destination (dst).
+    """
+    from sluice.proxy.plugin_files import plugin_file
+
+    found = {}
+    for place, element in enumerate(elements):
+        given = {"use": element} if isinstance(element, str) else element
+        name = given.get("use") if isinstance(given, dict) else None
+        if not isinstance(name, str) or name.replace("_", "-") in filters.names():
+            continue
+        options = {key: value for key, value in given.items() if key != "use"}
+        kinds = ["src"] * (place == 0) + ["dst"] * (place == len(elements) - 1) + ["proxy"]
+        for kind in kinds:
+            try:
+                at = plugin_file(name, settings.legacy_plugins, kind)
+            except ConfigError as error:
+                raise file.error((*path, "filters", place), str(error)) from None
+            if at is not None:
+                found[place] = (kind, {"plugin": name, "file": at, "config": options})
+                break
+    return found
 
 
 def _check_names(file: _File, path: Path, values: dict[str, Any]) -> None:

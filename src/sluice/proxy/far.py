@@ -14,7 +14,7 @@ from sluice.proxy.lines import LineSplitter
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from sluice.flow.reactor import Loop
     from sluice.proxy.link import Call
@@ -60,21 +60,29 @@ class ProgramEnd:
         log: Callable[[str], None],
         signal_code: int | None = None,
         stderr_fd: int | None = None,
+        label: str = "far end: ",
+        extra: Sequence[int] = (),
+        group: bool = True,
     ) -> None:
         """Take the command line (``argv[0]`` is searched in PATH where it has no slash).
 
-        ``stderr_fd`` leads the program's stderr there instead of into the log.
+        ``stderr_fd`` leads the program's stderr there instead of into the log, where its lines
+        begin with ``label``. ``extra`` descriptors become its 3, 4 and so on. Without ``group`` it
+        stays in our own process group, and what it starts is not signalled with it.
         """
         self.in_fd = self.out_fd = -1
         self.pid = -1
         self._loop = loop
-        self._argv = argv
+        self.argv = argv
         self._environment = environment
         self._log = log
         self._signal_code = signal_code
         self._stderr_fd = stderr_fd
         self._stderr = -1
-        self._lines = LineSplitter(lambda line: log(f"far end: {line}"))
+        self._extra = extra
+        self._group = group
+        self._label = label
+        self._lines = LineSplitter(lambda line: log(f"{label}{line}"))
         self._pidfd = -1
         self._on_exit: Callable[[int], None] | None = None
 
@@ -91,7 +99,7 @@ class ProgramEnd:
             for fd in (self.in_fd, self.out_fd, self._stderr):
                 if fd >= 0:
                     os.close(fd)
-            name = os.fsdecode(self._argv[0])
+            name = os.fsdecode(self.argv[0])
             raise LocalError(f"cannot start {name}: {error.strerror}") from None
         finally:
             for fd in (child_in, child_out, child_err):
@@ -105,23 +113,25 @@ class ProgramEnd:
             self._loop.add_reader(self._stderr, self._read_stderr)
 
     def _spawn(self, child_in: int, child_out: int, child_err: int) -> None:
-        # Away from 0 to 2 first: a pipe may have got one of these numbers.
-        low = [os.dup(fd) if fd <= 2 else fd for fd in (child_in, child_out, child_err)]
+        # Away from the child's numbers first: a pipe of ours may have got one of these.
+        given = (child_in, child_out, child_err, *self._extra)
+        low = [_moved_up(fd, len(given)) for fd in given]
         actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(low)]
-        spawn = os.posix_spawn if b"/" in os.fsencode(self._argv[0]) else os.posix_spawnp
+        options: dict[str, Any] = {"setpgroup": 0} if self._group else {}
+        spawn = os.posix_spawn if b"/" in os.fsencode(self.argv[0]) else os.posix_spawnp
         try:
             self.pid = spawn(
-                self._argv[0],
-                list(self._argv),
+                self.argv[0],
+                list(self.argv),
                 os.environ if self._environment is None else self._environment,
                 file_actions=actions,
-                setpgroup=0,
+                **options,
                 setsigdef=_SIGNALS_TO_RESET,
                 setsigmask=[],
             )
         finally:
-            for fd, given in zip(low, (child_in, child_out, child_err), strict=True):
-                if fd != given:
+            for fd, before in zip(low, given, strict=True):
+                if fd != before:
                     os.close(fd)
 
     def terminate(self) -> None:
@@ -136,7 +146,10 @@ class ProgramEnd:
         # Not reaped yet while the pidfd is open, so the group's number is still ours.
         if self._pidfd >= 0:
             try:
-                os.killpg(self.pid, number)
+                if self._group:
+                    os.killpg(self.pid, number)
+                else:
+                    os.kill(self.pid, number)
             except ProcessLookupError:
                 pass
             except PermissionError:
@@ -146,14 +159,18 @@ class ProgramEnd:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1
+        self._before_reaping()
         _, status = os.waitpid(self.pid, 0)
         self._end_stderr()
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
-            self._log(f"far end: ended by signal {-code}")
+            self._log(f"{self._label}ended by signal {-code}")
             code = 128 - code if self._signal_code is None else self._signal_code
         if self._on_exit is not None:
             self._on_exit(code)
+
+    def _before_reaping(self) -> None:
+        """Do what needs the number of the process or its group; it has ended already."""
 
     def _read_stderr(self) -> None:
         try:
@@ -187,6 +204,15 @@ class ProgramEnd:
             self._lines.end()
 
 
+def _moved_up(fd: int, least: int) -> int:
+    """Return ``fd``, or a copy of it with a number that is at least ``least``."""
+    if fd >= least:
+        return fd
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+
+
 # SIGPIPE is ignored by Python itself; SIGTERM and SIGINT may have handlers of ours.
 _SIGNALS_TO_RESET = (1, 2, 3, 10, 12, 13, 14, 15, 17)
 
@@ -203,12 +229,18 @@ def find_client(configured: str | None, path: str | None) -> str | None:
 
 
 def client_end(
-    loop: Loop, call: Call, client: str, log: Callable[[str], None], *, as_source: bool = False
+    loop: Loop,
+    call: Call,
+    client: str,
+    log: Callable[[str], None],
+    *,
+    as_source: bool = False,
+    group: bool = True,
 ) -> ProgramEnd:
     """Return a far end that is ``qrexec-client-vm TARGET SERVICE[+ARGUMENT]``.
 
     ``as_source`` lets it claim the call's source (``--source-qube``, section 9). One that a signal
-    ended is trouble: 125.
+    ended is trouble: 125. ``group`` as for ProgramEnd.
     """
     options = [f"--source-qube={call.source}"] if as_source else []
     argv = [client, *options, "--", call.target, call.descriptor]
@@ -218,4 +250,4 @@ def client_end(
     for name in ("QREXEC_AGENT_PATH",):
         if name in os.environ:
             environment[name] = os.environ[name]
-    return ProgramEnd(loop, argv, environment=environment, log=log, signal_code=125)
+    return ProgramEnd(loop, argv, environment=environment, log=log, signal_code=125, group=group)

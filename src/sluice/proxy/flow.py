@@ -229,7 +229,9 @@ class Flow:
             return
         self.streams[SRC2DST].stop_reading()
         if self.streams[DST2SRC].finished and self.chain.state == OPEN:
-            self._finish(Cause("done", exit_code=self._far_code))
+            # One that is a chain itself knows better why it ended.
+            told = getattr(self.far, "cause", None)
+            self._finish(told or Cause("done", exit_code=self._far_code))
 
     # --- what streams tell ------------------------------------------------------------------------
 

@@ -16,10 +16,15 @@ from sluice.proxy.configuration import read_json
 from sluice.proxy.loader import Filters
 from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.names import is_valid_chain_name
+from sluice.proxy.plugin_files import plugin_file
 from sluice.proxy.schema import FieldError, show_value, use_filter
 
 # The ordinary ends of a call, in the words of the earlier proxy.
 DEFAULT_END = "default"
+# Its own plugins, which are filters of ours (section 5.1): ours also where its files lie about.
+EARLIER = (
+    "pass", "byte_limit", "stop_src", "stop_dst", "timeout", "count", "sniff", "streamline",
+)  # fmt: skip
 
 
 def load_legacy(path: str, settings: ProxySettings | None = None) -> Configuration:
@@ -50,16 +55,17 @@ def _chain(
         raise wrong("plugins", "must be a list of names")
     if not isinstance(config, dict):
         raise wrong("config", "must be an object")
-    ends, middle = split_ends(plugins)
+    directories = plugin_directories(path, settings)
+    ends, middle = split_ends(plugins, directories)
     uses: list[FilterUse] = []
-    own: dict[str, Any] = {}
-    for place, plugin in middle:
+    elements: list[dict[str, Any]] = []
+    for place, plugin in enumerate(middle):
         given = options_of(config, place, plugin)
         if not isinstance(given, dict):
             raise wrong(f"config.{plugin}", "must be an object")
-        file = plugin_file(plugin, path, settings)
+        file = None if plugin in EARLIER else plugin_file(plugin, directories, "proxy")
         if file is not None:
-            own[str(place)] = {"plugin": plugin, "file": file, "config": given}
+            elements.append({"plugin": plugin, "file": file, "config": given})
             continue
         try:
             use = use_filter(filters.get(plugin), _translated(plugin, given))
@@ -67,10 +73,16 @@ def _chain(
             raise wrong(f"config.{plugin}.{error.field}", error.message_only, error.hint) from None
         except ConfigError as error:
             raise wrong("plugins", error.message) from None
+        elements.append({"use": len(uses)})
         uses.append(use)
+    own_ends = {
+        kind: {"plugin": end, "file": file, "config": config.get(f"{kind}_plugin", {})}
+        for kind, (end, file) in ends.items()
+        if file is not None
+    }
     legacy = None
-    if own or any(end != DEFAULT_END for end in ends.values()):
-        legacy = {"plugins": plugins, "config": config, "own": own, "ends": ends}
+    if own_ends or any("plugin" in element for element in elements):
+        legacy = legacy_parts(elements, directories, own_ends)
     return ChainConfig(
         name,
         uses,
@@ -82,49 +94,56 @@ def _chain(
     )
 
 
-def split_ends(plugins: list[str]) -> tuple[dict[str, str], list[tuple[int, str]]]:
-    """Return the ends of the call and the plugins between them with their positions."""
-    ends = {"src": DEFAULT_END, "dst": DEFAULT_END}
-    middle = list(enumerate(plugins))
-    if middle and is_source_plugin(middle[0][1]):
-        ends["src"] = middle.pop(0)[1]
-    if middle and is_destination_plugin(middle[-1][1]):
-        ends["dst"] = middle.pop()[1]
+def legacy_parts(
+    elements: list[dict[str, Any]], directories: list[str], ends: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what ``ChainConfig.legacy`` keeps of a chain with plugins.
+
+    ``elements`` are in order, each a plugin (plugin, file, config) or the place of a filter among
+    the chain's uses (use); ``ends`` has the plugins that are source (src) and destination (dst).
+    """
+    return {
+        "elements": elements,
+        "directories": directories,
+        "src": ends.get("src"),
+        "dst": ends.get("dst"),
+    }
+
+
+def split_ends(
+    plugins: list[str], directories: list[str]
+) -> tuple[dict[str, tuple[str, str | None]], list[str]]:
+    """Return the ends of the call (name, file of a plugin) and the plugins between them.
+
+    A first plugin that is a source plugin, and a last one that is a destination plugin, are ends.
+    """
+    ends: dict[str, tuple[str, str | None]] = {}
+    middle = plugins[:]
+    for kind, place in (("src", 0), ("dst", -1)):
+        ends[kind] = (DEFAULT_END, None)
+        if not middle:
+            continue
+        name = middle[place]
+        file = None if name in EARLIER else plugin_file(name, directories, kind)
+        if name == DEFAULT_END or file is not None:
+            ends[kind] = (middle.pop(place), None if name == DEFAULT_END else file)
     return ends, middle
 
 
-def is_source_plugin(name: str) -> bool:
-    """Tell whether a plugin, by its name, is a source."""
-    return name == DEFAULT_END or name.startswith("src_")
-
-
-def is_destination_plugin(name: str) -> bool:
-    """Tell whether a plugin, by its name, is a destination."""
-    return name == DEFAULT_END or name.startswith("dst_")
+def plugin_directories(path: str, settings: ProxySettings) -> list[str]:
+    """Return where plugins may lie: as configured, beside the file, in ``plugins`` beside it."""
+    beside = os.path.dirname(os.path.abspath(path))
+    found = [*settings.legacy_plugins, beside + "/plugins", beside]
+    return [directory for directory in found if os.path.isdir(directory)]
 
 
 def options_of(config: dict[str, Any], place: int, plugin: str) -> Any:
-    """Return a plugin's entry of ``config``: by its position first, then by its name."""
+    """Return a plugin's entry of ``config``: by its position first, then by its name.
+
+    ``place`` counts from 0 among the plugins between the ends.
+    """
     position = str(place)
     return config[position] if position in config else config.get(plugin, {})
-
-
-def plugin_file(plugin: str, path: str, settings: ProxySettings) -> str | None:
-    """Return the file of a plugin of its owner's; None where a filter of ours is meant.
-
-    A plugin of ours by name is ours even where the earlier program's file lies beside the
-    configuration: that is what an old installation has.
-    """
-    from sluice.proxy.loader import BUILTIN
-
-    if plugin.replace("_", "-") in BUILTIN:
-        return None
-    beside = os.path.dirname(os.path.abspath(path))
-    for directory in (*settings.legacy_plugins, beside, beside + "/plugins"):
-        file = f"{directory}/{plugin}.py"
-        if plugin.isidentifier() and os.path.isfile(file):
-            return file
-    return None
 
 
 def _translated(plugin: str, given: dict[str, Any]) -> dict[str, Any]:

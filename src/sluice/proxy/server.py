@@ -154,13 +154,16 @@ class Server:
         self._listeners.append(Listener(self.loop, sock, handler, self._report, path=path))
 
     def _open_metrics(self) -> None:
-        """Count from now on, and serve the counters where the configuration wants it."""
-        from sluice.proxy.exporter import Metrics, MetricsPage, parse_address
-
-        self._metrics = Metrics(self._gauges)
+        """Count, and serve the counters, where the configuration wants it."""
         setting = self.configuration.settings.metrics
         if not setting:
             return
+        try:
+            from sluice.proxy.exporter import Metrics, MetricsPage, parse_address
+        except ImportError as error:
+            text = f"needs a library that is not installed: {error.name}"
+            raise ConfigError(text, key="proxy.metrics") from None
+        self._metrics = Metrics(self._gauges)
         page = MetricsPage(self.loop, self._metrics.text)
         self._closing.append(page.close)
         address = parse_address(setting)
@@ -194,7 +197,8 @@ class Server:
 
     def _make_session(self, configuration: Configuration) -> Session:
         session = Session(self.loop, configuration, self.log, memory=self.memory)
-        session.observer = self._metrics.observe
+        if self._metrics is not None:
+            session.observer = self._metrics.observe
         return session
 
     # --- the configuration ----------------------------------------------------------------------
@@ -213,7 +217,8 @@ class Server:
             configuration = load(self._path)
         except SluiceError as error:
             self.error = str(error)
-            self._metrics.reloaded(False)
+            if self._metrics is not None:
+                self._metrics.reloaded(False)
             self.log.write(f"the configuration is left as it was: {error}", ERROR)
         else:
             self._put_in_force(configuration)
@@ -231,7 +236,8 @@ class Server:
         self.configuration = configuration
         self.memory.set_limit(configuration.settings.max_memory)
         self.session = self._make_session(configuration)
-        self._metrics.reloaded(True)
+        if self._metrics is not None:
+            self._metrics.reloaded(True)
         self.log.write(f"the configuration was read: {len(configuration.chains)} chains")
 
     # --- ending -------------------------------------------------------------------------------

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 
-from sluice.errors import LocalError, SluiceError
+from sluice.errors import ConfigError, LocalError, SluiceError
 from sluice.flow.endpoint import close_fd
 from sluice.proxy.audit import Audit, record_of, refusal
 from sluice.proxy.chain import Cause
-from sluice.proxy.far import client_end, find_client
+from sluice.proxy.far import ProgramEnd, client_end, find_client
 from sluice.proxy.flow import GONE_GRACE, Flow, Settings
 from sluice.proxy.link import Call, Memory, Tools
 from sluice.proxy.log import WARNING, Log
 from sluice.proxy.model import RefusedError
 from sluice.proxy.names import is_valid_source, parse_call_name
 from sluice.proxy.paths import audit_file, state_directory
+from sluice.proxy.worker_end import WorkerEnd, needs_process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Session:
             chain = self.configuration.chain(call.chain)
             if explicit is not None:
                 chain.permit(call, explicit=explicit)
-            far = far or self._far_end(call)
+            far = self._far_end(call, chain, far)
         except SluiceError as error:
             kind = "refused" if isinstance(error, RefusedError) else "configuration"
             cause = Cause(kind, str(error), exit_code=error.exit_code)
@@ -128,7 +129,8 @@ class Session:
 
         flow = Flow(
             self.loop,
-            chain.uses,
+            # Where the chain runs in a process of its own, the bytes go there untouched.
+            [] if isinstance(far, WorkerEnd) else chain.uses,
             call,
             far,
             in_fd=in_fd,
@@ -147,17 +149,20 @@ class Session:
         flow.start()
         return flow
 
-    def _far_end(self, call: Call) -> FarEnd:
-        """Return the ordinary far end: the agent's socket in a Sluice domain, else the client."""
-        client = find_client(self.settings.client or None, os.environ.get("PATH"))
-        if client is None:
-            raise LocalError("qrexec-client-vm is not installed here")
+    def _far_end(self, call: Call, chain: ChainConfig, given: FarEnd | None) -> FarEnd:
+        """Return the far end: the given one, the ordinary one, or the process of the chain."""
         log = self.log.of_call(call.ident, self.settings.log_lines)
-        if is_our_client(client):
-            from sluice.proxy.agent_end import AgentEnd
-
-            return AgentEnd(self.loop, call, log=log, timeout=self.settings.far_timeout)
-        return client_end(self.loop, call, client, log)
+        if not needs_process(chain, call.form):
+            return given or ordinary_end(self.loop, call, self.settings, log)
+        if given is not None and not isinstance(given, ProgramEnd):
+            raise ConfigError(
+                "has plugins or filters that need a process of their own, which cannot be here",
+                file=chain.file,
+                line=chain.line,
+                key=f"chains.{chain.name}",
+            )
+        command = given.argv if given is not None else None
+        return WorkerEnd(self.loop, call, chain, self.settings, log, command=command)
 
     def refuse_malformed(self, untrusted_source: str | None, form: str, error: LocalError) -> None:
         """Log and record what is no call: nothing of its name is kept but the reason."""
@@ -194,6 +199,28 @@ class Session:
             self.audit.write(record)
         except OSError as error:
             self.log.write(f"no audit record in {self.audit.path}: {error.strerror}", WARNING)
+
+
+def ordinary_end(
+    loop: Loop,
+    call: Call,
+    settings: ProxySettings,
+    log: Callable[[str], None],
+    *,
+    group: bool = True,
+) -> FarEnd:
+    """Return the ordinary far end: the agent's socket in a Sluice domain, else the client.
+
+    ``group`` as for ProgramEnd. Raises LocalError where there is no client.
+    """
+    client = find_client(settings.client or None, os.environ.get("PATH"))
+    if client is None:
+        raise LocalError("qrexec-client-vm is not installed here")
+    if is_our_client(client):
+        from sluice.proxy.agent_end import AgentEnd
+
+        return AgentEnd(loop, call, log=log, timeout=settings.far_timeout)
+    return client_end(loop, call, client, log, group=group)
 
 
 def is_our_client(client: str) -> bool:

@@ -26,6 +26,7 @@ def chain_lines(chain: ChainConfig) -> Iterator[str]:
         yield f"  {key + ':':10}{_who(chain, key)}"
     if chain.imported:
         yield "  imported from the earlier proxy: any call may use it"
+    yield from _plugin_lines(chain)
     for number, use in enumerate(chain.uses, 1):
         yield f"  {number}. {use.name}  {_looks_at(use)}"
         for field in fields_of(use.cls.Options).values():
@@ -36,8 +37,27 @@ def chain_lines(chain: ChainConfig) -> Iterator[str]:
         if describe is not None:
             for line in describe(use.options):
                 yield f"       {line}"
-    if not chain.uses:
+    if not chain.uses and chain.legacy is None:
         yield "  no filter: everything passes"
+
+
+def _plugin_lines(chain: ChainConfig) -> Iterator[str]:
+    """Yield the order of a chain with plugins of the earlier proxy, and where these are."""
+    if chain.legacy is None:
+        return
+    legacy = chain.legacy
+    parts = [
+        *([legacy["src"]] if legacy["src"] else []),
+        *legacy["elements"],
+        *([legacy["dst"]] if legacy["dst"] else []),
+    ]
+    names = [part["plugin"] if "plugin" in part else chain.uses[part["use"]].name for part in parts]
+    yield f"  has plugins of the earlier proxy, in a process of its own: {' > '.join(names)}"
+    for part in parts:
+        if "plugin" in part:
+            yield f"  plugin {part['plugin']}  ({part['file']})"
+            for key, value in part["config"].items():
+                yield f"       {key} = {value!r}"
 
 
 def _who(chain: ChainConfig, key: str) -> str:
