@@ -302,18 +302,21 @@ def test_10000_calls_with_flat_memory_and_descriptors() -> None:
                         assert all(one is not None and one.status == 0 for one in results)
                         await asyncio.sleep(max(0.0, 0.11 - (time.monotonic() - began)))
 
-                await batch(3000)  # the allocator grows to its working size
+                await batch(2000)  # the allocator grows to its working size
                 gc.collect()
                 descriptors = open_descriptors()
                 theirs = [len(os.listdir(f"/proc/{pid}/fd")) for pid in agents]
-                memory = [memory_of(pid) for pid in ("self", *agents)]
-                await batch(7000)
+                memory: list[list[int]] = []
+                for _ in range(8):
+                    await batch(1000)
+                    gc.collect()
+                    memory.append([memory_of(pid) for pid in ("self", *agents)])
                 assert it.system._audit is not None
                 await until(lambda: it.system._audit.written == 10_000, "10000 records")
-                gc.collect()
                 assert open_descriptors() == descriptors
                 assert [len(os.listdir(f"/proc/{pid}/fd")) for pid in agents] == theirs
-                for before, pid in zip(memory, ("self", *agents), strict=True):
-                    assert memory_of(pid) - before < 3000, (before, memory_of(pid))
+                # It goes up and down with what is under way; the peaks must not rise.
+                for process in zip(*memory, strict=True):
+                    assert max(process[4:]) - max(process[:4]) < 6000, memory
 
     asyncio.run(main())
