@@ -14,7 +14,7 @@ from sluice.agent.calls import plan
 from sluice.agent.connect_tcp import parse_binding
 from sluice.agent.forwarding import fork_server_path
 from sluice.agent.link import AgentLink, Connect, Execute, Opened, Refuse
-from sluice.agent.log import LineSink, LoggerSink
+from sluice.agent.log import LineSink, Log, LoggerSink
 from sluice.agent.options import UsageError, parse_options
 from sluice.agent.processes import exit_status, parents
 from sluice.errors import RemoteError
@@ -159,6 +159,18 @@ def test_a_flood_is_folded_until_it_ebbs() -> None:
     clock.now = 1.0
     sink.feed(b"line\n" * 10)
     assert written[200] == "t: (800 lines left out)" and len(written) == 211
+
+
+def test_the_agents_own_log_is_folded_too() -> None:
+    written: list[str] = []
+    now = [0.0]
+    log = Log("agent", written.append, lambda: now[0])
+    for number in range(300):
+        log(f"line {number}")
+    assert written[-1] == "agent: line 199" and len(written) == 200
+    now[0] = 10.0
+    log("later")
+    assert written[200:] == ["agent: (100 lines left out)", "agent: later"]
 
 
 def drive(loop: Reactor, condition: Callable[[], object]) -> None:

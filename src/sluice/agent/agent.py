@@ -23,7 +23,7 @@ from sluice.agent.control import Control
 from sluice.agent.forwarding import ForkServerCall, fork_server_path
 from sluice.agent.link import Connect, Execute, Opened, Refuse
 from sluice.agent.local import LocalClient, TriggerSocket
-from sluice.agent.log import Log
+from sluice.agent.log import Log, has_system_log
 from sluice.agent.options import UsageError, parse_options
 from sluice.agent.processes import ProcessTable
 from sluice.agent.syslog import SyslogSocket
@@ -91,7 +91,8 @@ class Agent:
             self._processes,
             choose_users(sandbox=self.sandbox, helper=helper + b"/bin/qrexec-pam-session"),
             self._log,
-            sandbox=self.sandbox,
+            # In a sandbox the system log is the agent itself, which needs no detour.
+            system_log=not self.sandbox and has_system_log(),
             environment=environment,
         )
         self._waiter = SessionWaiter(self._processes, self._around.environment, self._log)

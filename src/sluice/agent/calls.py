@@ -66,25 +66,25 @@ class Surroundings:
         users: Users,
         log: Callable[[str], None],
         *,
-        sandbox: bool,
+        system_log: bool,
         environment: Mapping[bytes, bytes],
     ) -> None:
         """Take the loop, the processes, the way to run things, and the base environment.
 
-        ``sandbox`` says that there is no system log.
+        ``system_log`` says whether stderr of services goes to ``logger``.
         """
         self.loop = loop
         self.processes = processes
         self.users = users
         self.log = log
-        self.sandbox = sandbox
+        self._system_log = system_log
         self.environment = dict(environment)
         self.environment[b"QREXEC_AGENT_PID"] = b"%d" % os.getpid()
 
     def sink(self, command: Command) -> LineSink | LoggerSink:
         """Make the log of one service's stderr (9.6)."""
         tag = command.descriptor + b"-" + command.source
-        if not self.sandbox:
+        if self._system_log:
             try:
                 return LoggerSink(self.loop, tag, lambda pid: self.processes.watch(pid, None))
             except OSError as error:

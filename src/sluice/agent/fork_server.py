@@ -13,7 +13,7 @@ import sys
 
 from sluice.agent.calls import ServiceCall, Surroundings, plan
 from sluice.agent.local import REQUEST_TIMEOUT, listen_on
-from sluice.agent.log import Log
+from sluice.agent.log import Log, has_system_log
 from sluice.agent.processes import ProcessTable
 from sluice.errors import LocalError
 from sluice.flow.reactor import Reactor
@@ -144,7 +144,7 @@ class ForkServer:
             processes,
             CurrentUser(),
             self.log,
-            sandbox=False,
+            system_log=has_system_log(),
             environment=os.environb,
         )
         loop.add_reader(listener_fd, self._ready)

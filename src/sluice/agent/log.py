@@ -1,15 +1,16 @@
 """What an agent logs: its own lines, and the stderr of services.
 
 Theory. On a machine with a system log the stderr of a service goes to a ``logger`` process, as
-section 9.6 has it. In a sandbox there is none: lines ``<descriptor>-<source>: text`` go to the
-agent's own stderr, which the AdminVM reads. Both are a courtesy that must never hold up a call:
-what the log does not take is dropped, and a service that floods it is folded into a count.
+section 9.6 has it. Where there is none, as in a sandbox, lines ``<descriptor>-<source>: text`` go
+to the agent's own stderr, which the AdminVM reads. Both are a courtesy that must never hold up a
+call: what the log does not take is dropped, and a service that floods it is folded into a count.
 Everything is escaped, for what a service writes may come from anywhere.
 """
 
 from __future__ import annotations
 
 import os
+import time
 
 from sluice.wire.names import escape
 
@@ -24,18 +25,61 @@ BURST = 200
 RATE = 50.0
 MAX_LINE = 1024
 MAX_HELD = 65536
+SYSTEM_LOGS = ("/dev/log", "/run/systemd/journal/socket")
+
+
+class Allowance:
+    """How many lines may be written: a burst, and so many a second. Counts what had to be left."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Take a clock in seconds."""
+        self._clock = clock
+        self._left = float(BURST)
+        self._refilled = clock()
+        self._folded = 0
+
+    def take(self) -> bool:
+        """Tell whether a line may be written now."""
+        now = self._clock()
+        self._left = min(BURST, self._left + (now - self._refilled) * RATE)
+        self._refilled = now
+        if self._left < 1:
+            self._folded += 1
+            return False
+        self._left -= 1
+        return True
+
+    def folded(self) -> str:
+        """Return a remark on the lines left out since the last time, empty where there are none."""
+        count, self._folded = self._folded, 0
+        return f"({count} lines left out)" if count else ""
 
 
 class Log:
-    """Writes lines to fd 2 with the name of the program in front."""
+    """Writes lines to fd 2 with the name of the program in front; a flood is folded."""
 
-    def __init__(self, program: str) -> None:
-        """Take the program's name."""
+    def __init__(
+        self,
+        program: str,
+        write: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the program's name; ``write`` and ``clock`` replace fd 2 and the real time."""
         self._program = program
+        self._write = write or write_line
+        self._allowance = Allowance(clock)
 
     def __call__(self, text: str) -> None:
         """Write one line; what stderr does not take is lost."""
-        write_line(f"{self._program}: {text}")
+        if self._allowance.take():
+            if remark := self._allowance.folded():
+                self._write(f"{self._program}: {remark}")
+            self._write(f"{self._program}: {text}")
+
+
+def has_system_log() -> bool:
+    """Tell whether there is something that ``logger`` could write to."""
+    return any(os.path.exists(path) for path in SYSTEM_LOGS)
 
 
 def write_line(text: str) -> None:
@@ -60,9 +104,7 @@ class LineSink:
         self._tag = escape(tag)
         self._write = write
         self._held = bytearray()
-        self._allowance = float(BURST)
-        self._refilled = loop.time()
-        self._folded = 0
+        self._allowance = Allowance(loop.time)
         self._fd = -1
 
     def feed(self, untrusted_data: bytes | memoryview) -> None:
@@ -75,24 +117,17 @@ class LineSink:
             lines.append(rest[:MAX_LINE])
             rest = rest[MAX_LINE:]
         self._held = bytearray(rest)
-        now = self._loop.time()
-        self._allowance = min(BURST, self._allowance + (now - self._refilled) * RATE)
-        self._refilled = now
         for line in lines:
             self._emit(line)
 
     def _emit(self, untrusted_line: bytes) -> None:
-        if self._allowance < 1:
-            self._folded += 1
-            return
-        self._allowance -= 1
-        self._tell_folded()
-        self._write(f"{self._tag}: {escape(untrusted_line, MAX_LINE)}")
+        if self._allowance.take():
+            self._tell_folded()
+            self._write(f"{self._tag}: {escape(untrusted_line, MAX_LINE)}")
 
     def _tell_folded(self) -> None:
-        if self._folded:
-            self._write(f"{self._tag}: ({self._folded} lines left out)")
-            self._folded = 0
+        if remark := self._allowance.folded():
+            self._write(f"{self._tag}: {remark}")
 
     def close(self) -> None:
         """Write what is left of the last line."""
