@@ -1,10 +1,10 @@
 # Two commands are all that anyone needs: `make demo` and `make test`. Both set up what they need.
-# The others: env, soak, bench, docs, deb, zipapp, uninstall, clean.
+# The others: env, soak, bench, docs, deb, zipapp, rpm, uninstall, clean.
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.ready
 
-.PHONY: demo test soak bench env lint docs deb zipapp uninstall clean
+.PHONY: demo test soak bench env lint docs deb zipapp rpm uninstall clean
 
 demo: env
 	@$(PYTHON) examples/demo.py
@@ -43,6 +43,11 @@ deb: env
 
 zipapp: env
 	$(PYTHON) packaging/build-zipapp
+
+rpm: zipapp
+	@command -v rpmbuild >/dev/null || { echo "make rpm: rpmbuild is missing (dnf install rpm-build)" >&2; exit 1; }
+	rpmbuild -bb --quiet --define "_topdir $(CURDIR)/build/rpm" --define "checkout $(CURDIR)" \
+	    --define "_rpmdir $(CURDIR)/dist" packaging/rpm/sluice-proxy.spec
 
 # Undoes what set-up did: the environment, and as root the packages that it installed.
 uninstall:

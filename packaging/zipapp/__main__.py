@@ -22,4 +22,4 @@ from sluice.cli import main as cli  # noqa: E402
 for other in list(cli.LAZY):
     if other != "proxy":
         del cli.LAZY[other]
-cli.main(prog_name="sluice" if name == "sluice" else name)
+cli.main(prog_name=name if name.endswith(".pyz") else "sluice")
