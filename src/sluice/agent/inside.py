@@ -25,6 +25,7 @@ FIRST_START = 1  # laid when the domain's tree is new
 OWNED_BY_USER = 2  # belongs to the default user, also the directories on the way
 
 INIT_VARIABLE = "SLUICE_INIT_FD"
+LIMIT_VARIABLE = "SLUICE_SERVICE_DESCRIPTORS"
 CONTROL_VARIABLE = "SLUICE_CONTROL_FD"
 USER_VARIABLE = "SLUICE_USER_ID"
 # Everybody may write in /run; what must be root's in it is made before anything else runs.
@@ -170,8 +171,12 @@ def _close_all_but(kept: "set[int]") -> None:
 
 def _run_rc_local() -> None:
     """Start the domain's own start-up script, if it has made it executable; do not wait."""
+    limit = os.environ.get(LIMIT_VARIABLE, "unlimited")
+    script = 'ulimit -n "$0" 2>/dev/null; exec "$1"'
     try:
-        os.posix_spawn(RC_LOCAL, [RC_LOCAL], os.environ, setsid=True)
+        if os.access(RC_LOCAL, os.X_OK):
+            argv = ["/bin/sh", "-c", script, limit, RC_LOCAL]
+            os.posix_spawn(argv[0], argv, os.environ, setsid=True)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.EACCES):
             sys.stderr.write(f"rc.local: {error.strerror}\n")
@@ -194,6 +199,9 @@ def main() -> int:
             sys.stderr.write(f"could not lay {failure}\n")
     _run_rc_local()
 
+    from sluice.agent import users
     from sluice.agent.agent import main as agent
+
+    users.service_descriptors = int(os.environ.pop(LIMIT_VARIABLE, "0"))
 
     return agent([])

@@ -68,8 +68,21 @@ class Account:
         }
 
 
+# How many descriptors a service may have where its user is ours too; 0: as many as we.
+service_descriptors = 0
+
+# Run by a shell in front of a service: $0 is the number.
+LIMIT_SCRIPT = b'ulimit -n "$0"; exec "$@"'
+
+
 class OwnUser:
-    """Everything runs as we do; a call for anybody else is refused."""
+    """Everything runs as we do; a call for anybody else is refused.
+
+    The kernel counts descriptors in flight for a user id and compares with the *sender's* limit.
+    Where all domains share one id, a service must therefore have a lower limit than any agent has,
+    or one domain could keep the agents of all from handing calls over (core-stack.md 12.4.1). A
+    limit can only be lowered in the process itself, so a shell in front of it does.
+    """
 
     def __init__(self, name: bytes, home: bytes | None = None) -> None:
         """Take our own login name, and where things run if not where we are."""
@@ -86,12 +99,18 @@ class OwnUser:
     def program(self, user: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a service directly. Raises ServiceError."""
         self._check(user)
-        return argv, environment, self._home
+        return _limited(argv), environment, self._home
 
     def shell(self, user: bytes, text: bytes, environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a shell command. Raises ServiceError."""
         self._check(user)
-        return [b"/bin/sh", b"-c", text], environment, self._home
+        return _limited([b"/bin/sh", b"-c", text]), environment, self._home
+
+
+def _limited(argv: list[bytes]) -> list[bytes]:
+    if not service_descriptors:
+        return argv
+    return [b"/bin/sh", b"-c", LIMIT_SCRIPT, b"%d" % service_descriptors, *argv]
 
 
 class SwitchUser:

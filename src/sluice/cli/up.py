@@ -85,7 +85,11 @@ def prepared(paths: Paths, system_file: Path) -> Iterator[AdminVM]:
                 paths.policy_directories, legacy_directory=paths.config / "policy.legacy"
             )
             sandboxes = make_sandboxes(paths, registry, system.defaults)
-            yield AdminVM(registry, sandboxes, policy, paths)
+            try:
+                yield AdminVM(registry, sandboxes, policy, paths)
+            finally:
+                for sandbox in sandboxes.values():
+                    sandbox.close()
     finally:
         os.close(lock)
 

@@ -63,5 +63,8 @@ class Sandbox(Protocol):
         LocalError when the domain cannot be started; nothing is left running then.
         """
 
+    def close(self) -> None:
+        """Let go of what the kind keeps between starts; at the end of the AdminVM."""
+
     def privilege(self) -> str:
         """Say in one sentence which user ids the domains have on the host, and what it means."""

@@ -28,13 +28,21 @@ import sys
 from pathlib import Path
 
 from sluice import runtime
-from sluice.agent.inside import INIT_VARIABLE, USER_VARIABLE
+from sluice.agent.inside import INIT_VARIABLE, LIMIT_VARIABLE, USER_VARIABLE
 from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox import etc, mounts, namespaces, seccomp, stage
 from sluice.domains.sandbox.base import CONTROL_ENVIRONMENT, Limit
 from sluice.domains.sandbox.ids import SINGLE, USER_INSIDE, IdMap, Ids, Slots, detect
-from sluice.domains.sandbox.limits import DomainLimits, Wanted, probe, sweep, wanted
+from sluice.domains.sandbox.limits import (
+    MAX_DESCRIPTORS,
+    DomainLimits,
+    Wanted,
+    probe,
+    remove_groups,
+    sweep,
+    wanted,
+)
 from sluice.domains.sandbox.namespaces import Namespaces
 from sluice.domains.sandbox.private import prepare
 from sluice.domains.sandbox.supplies import supplies
@@ -203,10 +211,11 @@ class Bubblewrap:
         return self._spaces[key]
 
     def close(self) -> None:
-        """Close the namespaces; domains that run keep theirs."""
+        """Close the namespaces and remove the system's own groups, at the end of the AdminVM."""
         for spaces in self._spaces.values():
             spaces.close()
         self._spaces.clear()
+        remove_groups(self._controllers)
 
     async def start(self, domain: DomainConfig, control: socket.socket) -> RunningBubblewrap:
         """Start the domain's agent; see ``Sandbox.start``."""
@@ -277,6 +286,8 @@ class Bubblewrap:
             INIT_VARIABLE: archive,
             USER_VARIABLE: USER_INSIDE if ids.has_root else -1,
         }
+        if not ids.has_root:
+            environment[LIMIT_VARIABLE] = MAX_DESCRIPTORS
         for name, value in environment.items():
             plan.add("--setenv", name, str(value))
         plan.add("--json-status-fd", str(status_write))
@@ -299,7 +310,7 @@ class Bubblewrap:
         try:
             async with asyncio.timeout(stage.TIMEOUT):
                 running.found_agent(await _child_pid(status))
-                await asyncio.to_thread(held.apply, running.pid)
+                await asyncio.to_thread(held.apply, running.pid, agent_has_own_id=ids.has_root)
                 running.watch_memory()
                 await stage.write_all(archive_write, content)
         except BaseException as error:

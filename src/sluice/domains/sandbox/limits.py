@@ -25,6 +25,7 @@ MIB = 1 << 20
 DEFAULT_PIDS = 4096
 CPU_PERIOD = 100_000  # microseconds
 MAX_DESCRIPTORS = 1024
+AGENT_DESCRIPTORS = 4096
 CONTROLLERS = ("memory", "pids", "cpu")
 
 V2 = "cgroup2"
@@ -169,14 +170,19 @@ class DomainLimits:
     def _groups(self) -> list[Path]:
         return [directory / self.name for directory in self._controllers.directories()]
 
-    def apply(self, pid: int) -> None:
-        """Put a process, which has no children yet, under the limits. Never raises for a limit."""
+    def apply(self, pid: int, *, agent_has_own_id: bool = True) -> None:
+        """Put a process, which has no children yet, under the limits. Never raises for a limit.
+
+        An agent that shares its user id with everything else needs more descriptors than its
+        services may have, which it then limits itself (see sluice.agent.users).
+        """
         for group in self._groups():
             with contextlib.suppress(OSError):
-                group.mkdir(exist_ok=True)
+                group.mkdir(parents=True, exist_ok=True)
                 (group / "cgroup.procs").write_text(str(pid))
         self.change(self.wanted)
-        _rlimit(pid, resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
+        descriptors = MAX_DESCRIPTORS if agent_has_own_id else AGENT_DESCRIPTORS
+        _rlimit(pid, resource.RLIMIT_NOFILE, descriptors)
         _rlimit(pid, resource.RLIMIT_CORE, 0)
         _rlimit(pid, resource.RLIMIT_MEMLOCK, 8 * MIB)
         if self._held["memory"] == NONE and _rlimit(pid, resource.RLIMIT_AS, self.wanted.memory):
@@ -266,6 +272,19 @@ class DomainLimits:
             except OSError as error:
                 gone = gone and error.errno in (errno.ENOENT, errno.ENOTDIR)
         return gone
+
+
+def remove_groups(controllers: Controllers) -> None:
+    """Remove the system's own groups, and those that systems left which were killed.
+
+    Only empty ones can be removed. One that lives but runs no domain makes its group anew.
+    """
+    for directory in controllers.directories():
+        with contextlib.suppress(OSError):
+            for entry in directory.parent.glob("sluice-*"):
+                if entry.name != "sluice-adminvm":
+                    with contextlib.suppress(OSError):
+                        entry.rmdir()
 
 
 def sweep(controllers: Controllers) -> None:

@@ -111,6 +111,9 @@ class Process:
         """Take the places of the system."""
         self._paths = paths
 
+    def close(self) -> None:
+        """Nothing is kept between starts."""
+
     def privilege(self) -> str:
         """Say loudly that there is no isolation."""
         return WARNING
