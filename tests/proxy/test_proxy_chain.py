@@ -163,6 +163,17 @@ def test_filters_before_a_closed_one_still_see_what_comes() -> None:
     assert book.chain.dropped[SRC2DST] == 1
 
 
+def test_a_close_before_the_call_begins_is_told_when_all_filters_are_opened() -> None:
+    later = scripted(opened=CONTINUE, data=PASS, eof=PASS)
+    book = play(StopSrc, later) << ends(SRC2DST)
+    assert [e[0] for e in book.chain.stages[1].filter.seen] == ["opened", "eof"]
+    held = scripted(opened=CONTINUE, data=PASS, eof=HOLD, timer=lambda self, k: Close(DST2SRC))
+    book = play(held, StopDst).open()
+    assert not book.chain.ended[DST2SRC]
+    book.filter.link.set_timer("t", 1)
+    book >> after(1) << ends(DST2SRC)
+
+
 def test_eof_may_emit_and_be_held_back() -> None:
     cls = scripted(
         eof=lambda self, d: (Emit(d, b"tail"), HOLD), timer=lambda self, k: Close(SRC2DST)

@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import click
 
-from sluice.errors import ConfigError, SluiceError
-
-
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors of ours into a line on stderr and their exit code."""
-
-    @wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
-        try:
-            return function(*args, **options)
-        except SluiceError as error:
-            click.echo(f"sluice proxy: {error}", err=True)
-            sys.exit(error.exit_code)
-
-    return run
-
-
-config_option = click.option(
-    "--config",
-    metavar="FILE",
-    help="Read this configuration: a TOML file, a config.json of the earlier proxy, or a"
-    " directory with either. Otherwise SLUICE_PROXY_CONFIG or the usual places.",
-)
+from sluice.cli.proxy_common import config_option, told
+from sluice.cli.proxy_look import COMMANDS
+from sluice.errors import ConfigError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -169,3 +146,7 @@ def import_command(file: str) -> None:
     from sluice.proxy.legacy import as_toml, load_legacy
 
     click.echo(as_toml(load_legacy(file)))
+
+
+for _look in COMMANDS:
+    command.add_command(_look)

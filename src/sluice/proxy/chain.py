@@ -207,6 +207,7 @@ class Chain:
         self._path: tuple[list[Stage], list[Stage]] = ([], [])
         self._timers: dict[tuple[Stage, str], float] = {}
         self._opening = 0
+        self._to_finish: list[tuple[Stage, Direction]] = []
         self._busy = 0
 
     # --- events -------------------------------------------------------------------------------
@@ -314,6 +315,8 @@ class Chain:
             self._opening += 1
         if self.state == OPENING:
             self.state = OPEN
+            for stage, direction in self._to_finish:
+                self._finish(direction, self._path[direction].index(stage) + 1)
 
     # --- bytes --------------------------------------------------------------------------------
 
@@ -499,7 +502,11 @@ class Chain:
         stage.held[direction].take()
         self._update()
         if now and not ended:
-            self._finish(direction, self._path[direction].index(stage) + 1)
+            if self.state == OPENING:
+                # Filters further on may not have been opened yet: they hear of it afterwards.
+                self._to_finish.append((stage, direction))
+            else:
+                self._finish(direction, self._path[direction].index(stage) + 1)
 
     def _update(self) -> None:
         """Work out mode and pause of both directions anew."""
