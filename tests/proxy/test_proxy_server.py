@@ -1,0 +1,633 @@
+"""The resident form: server, launcher, raw socket, ends, reload, bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.proxy import alive, eventually
+from tests.support.proxy_server import COMMAND, Resident, left_over, read_all, resident
+
+from sluice.errors import ConfigError, LocalError
+from sluice.proxy.control import ControlClient
+from sluice.proxy.handover import encode_request
+from sluice.proxy.server import Server
+
+RAW = 'services = "any"\ntargets = "any"\nrequire_exit_code = false\n'
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Resident]:
+    """A server for the tests that do not change it."""
+    with resident(start=False) as made:
+        made.qube.configure("", f'metrics = "{made.directory}/metrics.sock"')
+        made.qube.chain("pass", '"pass"')
+        made.qube.chain("raw", '"pass"', rules=RAW)
+        made.qube.chain("short", "{ use = 'byte-limit', src2dst = 5 }", rules=RAW)
+        made.start()
+        yield made
+
+
+def refused(server: Resident, text: bytes) -> bool:
+    """Tell whether the raw socket closes the connection without a byte."""
+    try:
+        with server.raw(text) as sock:
+            return sock.recv(100) == b""
+    except (BrokenPipeError, ConnectionResetError):
+        return True
+
+
+def last_record(server: Resident) -> dict[str, object]:
+    return server.qube.records()[-1]
+
+
+# --- launcher ---------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("PROXY-010")
+@pytest.mark.parametrize("code", [0, 1, 42, 125, 126, 127])
+def test_exit_codes_arrive_through_server_and_launcher(server: Resident, code: int) -> None:
+    done = server.call(f"pass+vault+code+{code}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"before\n", b"")
+    assert last_record(server)["exit_code"] == code
+    assert last_record(server)["form"] == "launcher"
+
+
+@pytest.mark.spec("PROXY-010")
+def test_data_and_half_close_pass_through_the_handed_over_descriptors(server: Resident) -> None:
+    """The target's end is seen by the source while the call goes on."""
+    data = os.urandom(700_000)
+    assert server.call("pass+vault+mirror", data).stdout == data
+    server.qube.service("sink", f"#!/bin/sh\nexec >&-\ncat > {server.directory}/got\n")
+    process = server.launch("pass+vault+sink")
+    assert process.stdout.read() == b""
+    process.stdin.write(b"x" * 200_000)
+    process.stdin.close()
+    assert process.wait(10) == 0
+    assert (server.directory / "got").read_bytes() == b"x" * 200_000
+
+
+def test_the_servers_own_rules_and_mistakes_of_the_source(server: Resident) -> None:
+    for name, code in (("gone+vault+mirror", 125), ("pass+vault", 125), ("pass+va ult+m", 125)):
+        done = server.call(name, b"x")
+        assert (done.returncode, done.stdout, done.stderr) == (code, b"", b""), name
+    assert server.call("pass+vault+mirror", source=None).returncode == 125
+    assert "no source domain" in server.qube.log()
+
+
+@pytest.mark.spec("PROXY-010")
+def test_without_a_server_the_launcher_says_125_and_why(server: Resident) -> None:
+    """No socket; a socket on which nobody listens; one that another user could have made."""
+    with resident(start=False) as other:
+        done = other.call("pass+vault+mirror", b"x")
+        assert (done.returncode, done.stdout, done.stderr) == (125, b"", b"")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.bind(f"{other.directory}/launcher.sock")
+        done = other.call("pass+vault+mirror", b"x")
+        assert (done.returncode, done.stdout, done.stderr) == (125, b"", b"")
+        log = other.directory / "xdg/sluice/proxy/proxy.log"
+        if log.exists():
+            assert "does not run" in log.read_text()
+
+
+@pytest.mark.spec("PROXY-010", "PROXY-024")
+def test_a_server_that_dies_in_the_middle_ends_the_call_with_125() -> None:
+    with resident() as server:
+        process = server.launch("pass+vault+mirror")
+        process.stdin.write(b"hello")
+        process.stdin.flush()
+        assert process.stdout.read(5) == b"hello"
+        server.process.kill()
+        begun = time.monotonic()
+        assert process.wait(5) == 125
+        assert process.stdout.read() == b""
+        assert time.monotonic() - begun < 1
+        eventually(lambda: not left_over(server.qube), 2, "the far end ends with its input")
+
+
+def test_a_launcher_that_dies_ends_its_call(server: Resident) -> None:
+    server.qube.service("idle", "#!/bin/sh\necho up\nexec sleep 60\n")
+    process = server.launch("pass+vault+idle")
+    assert process.stdout.read(3) == b"up\n"
+    process.kill()
+    assert process.stdout.read() == b""
+    eventually(lambda: not left_over(server.qube), 3)
+    record = eventually(lambda: last_record(server)["service"] == "idle" and last_record(server), 3)
+    assert record["cause"] == "source-gone" and "launcher" in str(record["reason"])
+
+
+# --- raw socket -------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("PROXY-009")
+def test_the_raw_socket_takes_the_descriptor_and_leaves_the_data(server: Resident) -> None:
+    """In whatever pieces they come; dom0's longer descriptor is understood as well."""
+    for descriptor in (b"qrexec-proxy+raw+vault+mirror work\0", b"qrexec-proxy+raw+vault+mirror+a+b work name dom0\0"):  # noqa: E501  # fmt: skip
+        with server.raw(descriptor[:9]) as sock:
+            sock.sendall(descriptor[9:] + b"data\0more")
+            sock.shutdown(socket.SHUT_WR)
+            assert read_all(sock) == b"data\0more"
+    record = eventually(lambda: last_record(server)["argument"] == "a+b" and last_record(server))
+    assert (record["form"], record["source"], record["chain"]) == ("raw", "work", "raw")
+
+
+@pytest.mark.spec("PROXY-009")
+@pytest.mark.parametrize(
+    "text",
+    [b"\0", b"qrexec-proxy+raw+vault+mirror\0", b"mirror work\0", b"qrexec-proxy work\0",
+     b"qrexec-proxy+raw+vault+mirror wo\xffrk\0", b"qrexec-proxy+raw+vault+mirror  work\0",
+     b"qrexec-proxy+raw+vault+mirror 1work\0", b"qrexec-proxy+raw+vault+mirror work x\0",
+     b"qrexec-proxy+raw+vault work\0", b"qrexec-proxy+raw+vault+../x work\0"],
+)  # fmt: skip
+def test_what_is_no_descriptor_is_refused(server: Resident, text: bytes) -> None:
+    calls = len(server.qube.calls())
+    assert refused(server, text + b"data")
+    eventually(lambda: last_record(server)["cause"] == "malformed")
+    assert len(server.qube.calls()) == calls
+
+
+@pytest.mark.spec("PROXY-009")
+def test_a_chain_that_requires_an_exit_code_refuses_the_raw_socket(server: Resident) -> None:
+    calls = len(server.qube.calls())
+    assert refused(server, b"qrexec-proxy+pass+vault+mirror work\0x")
+    record = last_record(server)
+    assert record["cause"] == "refused" and "exit code" in str(record["reason"])
+    assert len(server.qube.calls()) == calls
+
+
+@pytest.mark.spec("PROXY-009")
+def test_an_over_long_descriptor_and_a_silent_one_are_closed(server: Resident) -> None:
+    assert refused(server, b"q" * 70_000)
+    assert "too long" in server.qube.log()
+
+    async def silent() -> float:
+        made = Server(str(server.qube.config), directory=str(own), patience=0.2)
+        made.configuration.settings.metrics = ""
+        await made.start()
+        begun = made.loop.time()
+        reader, writer = await asyncio.open_unix_connection(f"{own}/raw.sock")
+        writer.write(b"qrexec-proxy+raw+vault")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        made.stop()
+        await made.run()
+        return made.loop.time() - begun
+
+    own = server.directory / "own"
+    own.mkdir()
+    assert 0.2 <= asyncio.run(silent()) < 3
+    assert not list(own.iterdir())
+
+
+# --- who may speak ----------------------------------------------------------------------------
+
+_KNOCK = """
+import socket, sys
+kind = socket.SOCK_SEQPACKET if "launcher" in sys.argv[1] else socket.SOCK_STREAM
+sock = socket.socket(socket.AF_UNIX, kind)
+sock.settimeout(5)
+try:
+    sock.connect(sys.argv[1])
+    sock.send(b'{"method": "status"}\\n')
+    print(sock.recv(100))
+except OSError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.spec("PROXY-063")
+def test_the_sockets_are_for_their_owner_alone(server: Resident) -> None:
+    for name in ("launcher", "raw", "control", "metrics"):
+        status = (server.directory / f"{name}.sock").stat()
+        assert status.st_mode & 0o777 == 0o600 and status.st_uid == os.geteuid()
+
+
+@pytest.mark.spec("PROXY-063")
+@pytest.mark.parametrize("name", ["launcher.sock", "raw.sock", "control.sock"])
+def test_another_user_is_refused_even_where_the_mode_would_let_him(
+    server: Resident, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() == 0:
+        path = server.directory / name
+        for place in (server.directory, path):
+            place.chmod(0o777)
+        done = subprocess.run(
+            ["/usr/bin/python3", "-c", _KNOCK, str(path)],
+            user=65534, group=65534, extra_groups=[], capture_output=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() in (b"b''", b"ConnectionResetError", b"BrokenPipeError")
+        path.chmod(0o600)
+        server.directory.chmod(0o700)
+        eventually(lambda: "refused a connection of user 65534" in server.qube.log())
+    else:
+        ours = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: ours + 1)
+        with pytest.raises(LocalError, match="another user"):
+            ControlClient(str(server.directory / "control.sock"))
+
+
+@pytest.mark.spec("PROXY-063")
+@pytest.mark.parametrize("name", ["qrexec-proxy", "qrexec-proxy+pass+vault+mirror"])
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("skip-service-descriptor = true\n", "skip-service-descriptor"), ("what\n", "judged")],
+)
+def test_a_configuration_that_skips_the_descriptor_keeps_the_server_from_starting(
+    server: Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str,
+    what: str,
+) -> None:  # fmt: skip
+    (tmp_path / name).write_text(text)
+    monkeypatch.setenv("QUBES_RPC_CONFIG_PATH", f"/nonexistent:{tmp_path}")
+
+    async def start() -> None:
+        made = Server(str(server.qube.config), directory=str(tmp_path))
+        await made.start()
+
+    with pytest.raises(ConfigError, match=what):
+        asyncio.run(start())
+    (tmp_path / name).write_text("skip-service-descriptor = false\n")
+    assert not (tmp_path / "launcher.sock").exists()
+
+
+@pytest.mark.spec("PROXY-063")
+def test_a_configuration_that_comes_later_closes_the_raw_socket(tmp_path: Path) -> None:
+    with resident(start=False) as server:
+        server.qube.chain("raw", '"pass"', rules=RAW)
+        server.start(more={"QUBES_RPC_CONFIG_PATH": str(tmp_path)})
+        (tmp_path / "qrexec-proxy").write_text("skip-service-descriptor = true\n")
+        assert refused(server, b"qrexec-proxy+raw+vault+mirror work\0x")
+        assert server.qube.calls() == []
+
+
+def test_a_launchers_message_must_be_whole_and_have_two_descriptors(server: Resident) -> None:
+    before = server.descriptors()
+    for message, count in (
+        (b"nonsense", 2), (encode_request("work", "pass+vault+mirror"), 1),
+        (encode_request("work", "pass+vault+mirror"), 3), (b"sluice1 without NUL", 2),
+    ):  # fmt: skip
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(5)
+            sock.connect(f"{server.directory}/launcher.sock")
+            rights = struct.pack(f"{count}i", *[0] * count)
+            sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            assert sock.recv(10) == b""
+    eventually(lambda: server.descriptors() <= before)
+
+
+# --- systemd ----------------------------------------------------------------------------------
+
+_ACTIVATE = """
+import os, socket, sys
+directory = sys.argv[1]
+names = []
+for number, (name, kind) in enumerate((("launcher", 5), ("raw", 1)), 3):
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.bind(f"{directory}/{name}.sock")
+    sock.listen(8)
+    fd = os.dup(sock.detach())
+    os.dup2(fd, 10 + number, inheritable=True)
+    names.append(name)
+for number in (3, 4):
+    os.dup2(10 + number, number, inheritable=True)
+    os.close(10 + number)
+os.environ |= {"LISTEN_FDS": "2", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": ":".join(names)}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.mark.spec("PROXY-010")
+def test_socket_activation() -> None:
+    """The sockets are systemd's: used, not made, and left in place at the end."""
+    with resident(start=False) as server:
+        server.start(
+            command=[sys.executable, "-c", _ACTIVATE, str(server.directory), *server.command()]
+        )
+        inode = (server.directory / "launcher.sock").stat().st_ino
+        assert server.call("pass+vault+code+42").returncode == 42
+        assert server.call("pass+vault+mirror", b"hello").stdout == b"hello"
+        with server.control() as client:
+            assert client.status()["calls"] == 0
+        assert server.stop() == 0
+        assert (server.directory / "launcher.sock").stat().st_ino == inode
+        assert not (server.directory / "control.sock").exists()
+        server.wait_for("STOPPING=1")
+
+
+def test_sockets_for_another_process_are_not_taken() -> None:
+    with resident(start=False) as server:
+        server.start(more={"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "raw"})
+        assert server.call("pass+vault+mirror", b"hello").stdout == b"hello"
+
+
+# --- ending -----------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("PROXY-062")
+def test_sigterm_refuses_new_calls_and_lets_those_under_way_end() -> None:
+    with resident() as server:
+        process = server.launch("pass+vault+mirror")
+        process.stdin.write(b"hello")
+        process.stdin.flush()
+        assert process.stdout.read(5) == b"hello"
+        server.process.terminate()
+        server.wait_for("STOPPING=1")
+        assert server.call("pass+vault+mirror", b"x").returncode == 125
+        process.stdin.write(b"world")
+        process.stdin.close()
+        assert process.stdout.read() == b"world"
+        assert process.wait(5) == 0
+        begun = time.monotonic()
+        assert server.process.wait(5) == 0
+        assert time.monotonic() - begun < 1
+        assert not list(server.directory.glob("*.sock"))
+
+
+@pytest.mark.spec("PROXY-062")
+def test_what_does_not_end_in_time_is_ended_and_all_is_gone() -> None:
+    """By the real time of 5 s; a far end that ignores SIGTERM included."""
+    with resident() as server:
+        server.qube.service("stubborn", "#!/bin/sh\ntrap '' TERM\necho up\nwhile :; do sleep 60; done\n")  # noqa: E501  # fmt: skip
+        process = server.launch("pass+vault+stubborn")
+        assert process.stdout.read(3) == b"up\n"
+        begun = time.monotonic()
+        server.process.terminate()
+        assert process.stdout.read() == b""
+        assert 4.5 < time.monotonic() - begun < 6.5
+        assert process.wait(5) == 125
+        assert server.process.wait(5) == 0
+        assert time.monotonic() - begun < 9
+        assert not left_over(server.qube)
+        assert [r["cause"] for r in server.qube.records()] == ["shutdown"]
+
+
+@pytest.mark.spec("PROXY-062")
+def test_a_second_sigterm_does_not_wait() -> None:
+    with resident() as server:
+        process = server.launch("pass+vault+mirror")
+        eventually(server.calls)
+        server.process.terminate()
+        server.wait_for("STOPPING=1")
+        server.process.terminate()
+        assert process.wait(2) == 125
+        assert server.process.wait(2) == 0
+
+
+def test_two_servers_in_one_place_and_a_socket_left_behind() -> None:
+    with resident() as server:
+        second = subprocess.run(
+            server.command(), env=server.environment(None), capture_output=True, timeout=20
+        )
+        assert second.returncode == 125 and b"listens on" in second.stderr
+        server.process.kill()
+        server.process.wait()
+        assert (server.directory / "launcher.sock").exists()
+        server.notices.clear()
+        server.start()
+        assert server.call("pass+vault+mirror", b"x").stdout == b"x"
+
+
+# --- the configuration --------------------------------------------------------------------------
+
+
+@pytest.mark.spec("PROXY-014")
+def test_reload_keeps_calls_on_their_chain_and_an_invalid_change_keeps_the_old() -> None:
+    with resident(start=False) as server:
+        server.qube.configure("")
+        server.qube.chain("limit", "{ use = 'byte-limit', dst2src = 8 }")
+        server.start()
+        old = server.launch("limit+vault+mirror")
+        old.stdin.write(b"1234")
+        old.stdin.flush()
+        assert old.stdout.read(4) == b"1234"
+
+        server.notices.clear()
+        server.qube.configure("")
+        server.qube.chain("limit", "{ use = 'byte-limit', dst2src = 2 }")
+        server.wait_for("READY=1")
+        assert any("RELOADING=1" in notice for notice in server.notices)
+        assert server.call("limit+vault+mirror", b"123456").stdout == b"12"
+
+        server.notices.clear()
+        server.qube.chain("broken", "{ use = 'byte-limt' }")
+        server.wait_for("not read")
+        assert "did you mean 'byte-limit'" in server.qube.log()
+        assert f"{server.qube.config}:" in server.qube.log()
+        with server.control() as client:
+            assert "byte-limt" in client.status()["error"]
+            with pytest.raises(LocalError, match="byte-limt"):
+                client.reload()
+        assert server.call("limit+vault+mirror", b"123456").stdout == b"12"
+        assert server.call("broken+vault+mirror", b"123456").returncode == 125
+
+        old.stdin.write(b"5678ABC")
+        old.stdin.close()
+        assert old.stdout.read() == b"5678"
+        assert old.wait(5) == 0
+
+        server.qube.configure("")
+        server.qube.chain("new", "'pass'")
+        eventually(lambda: server.call("new+vault+mirror", b"x").stdout == b"x", 10)
+        with server.control() as client:
+            assert client.status()["error"] is None
+
+
+@pytest.mark.spec("PROXY-014")
+def test_files_that_are_added_and_sighup_are_heard() -> None:
+    with resident(start=False) as server:
+        main = server.directory / "etc"
+        (main / "proxy.d").mkdir(parents=True)
+        server.qube.config.rename(main / "proxy.toml")
+        server.qube.config = main
+        server.start()
+        server.notices.clear()
+        text = '[chains.{}]\nservices = "any"\ntargets = "any"\nfilters = []\n'
+        (main / "proxy.d/one.toml").write_text(text.format("one"))
+        server.wait_for("READY=1")
+        assert server.call("one+vault+mirror", b"x").stdout == b"x"
+        # Pointed to from elsewhere, so that nobody sees it change.
+        other = server.directory / "elsewhere.tml"
+        other.write_text(text.format("two"))
+        (main / "proxy.d/two.toml").symlink_to(other)
+        server.notices.clear()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("READY=1")
+        assert server.call("two+vault+mirror", b"x").stdout == b"x"
+
+
+# --- what there is to see -----------------------------------------------------------------------
+
+
+def scrape(server: Resident) -> dict[str, float]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(f"{server.directory}/metrics.sock")
+        sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        head, _, body = read_all(sock).decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200") and "text/plain" in head
+    rows = [line.rsplit(" ", 1) for line in body.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in rows}
+
+
+@pytest.mark.spec("PROXY-056")
+def test_metrics_count_calls_refusals_and_bytes(server: Resident) -> None:
+    name = 'sluice_proxy_calls_total{cause="done",chain="short"}'
+    sent = 'sluice_proxy_bytes_total{chain="short",direction="src2dst"}'
+    refused = 'sluice_proxy_refused_total{cause="configuration"}'
+    before = scrape(server)
+    for _ in range(3):
+        assert server.call("short+vault+mirror", b"0123456789").stdout == b"01234"
+    server.call("none+vault+mirror")
+    after = scrape(server)
+    assert after[name] - before.get(name, 0) == 3
+    assert after[sent] - before.get(sent, 0) == 15
+    assert after[refused] - before.get(refused, 0) == 1
+    assert after["sluice_proxy_calls_active"] == 0
+    assert after["sluice_proxy_call_seconds_count"] > before["sluice_proxy_call_seconds_count"]
+    assert after["sluice_proxy_held_bytes_max"] == 256 << 20
+    with server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") as sock:
+        assert sock.recv(1) == b"x"
+        assert scrape(server)["sluice_proxy_calls_active"] == 1
+
+
+@pytest.mark.spec("PROXY-056")
+def test_calls_under_way_are_listed_and_can_be_ended(server: Resident) -> None:
+    process = server.launch("pass+vault+mirror+x")
+    process.stdin.write(b"12345")
+    process.stdin.flush()
+    assert process.stdout.read(5) == b"12345"
+    with server.control() as client:
+        (call,) = client.calls()
+        expected = {
+            "form": "launcher",
+            "source": "work",
+            "target": "vault",
+            "service": "mirror",
+            "argument": "x",
+            "chain": "pass",
+            "state": "open",
+        }
+        assert {key: call[key] for key in expected} == expected
+        assert call["bytes"]["src2dst"]["read"] == 5 and call["bytes"]["dst2src"]["written"] == 5
+        assert call["seconds"] >= 0
+        with pytest.raises(LocalError, match="no call of that name"):
+            client.end("nothing")
+        client.end(call["id"])
+        assert process.wait(5) == 125
+        eventually(lambda: client.calls() == [])
+    record = last_record(server)
+    assert (record["id"], record["cause"]) == (call["id"], "killed")
+
+
+def test_the_control_socket_survives_nonsense(server: Resident) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(f"{server.directory}/control.sock")
+        stream = sock.makefile("rb")
+        for line in (b"{", b"[1]", b'{"method": "none"}', b'{"method": 1}', b"[" * 5000,
+                     b'{"method": "end", "ident": "x"}', b'\xff\xfe', b'{"method": "status"}'):  # fmt: skip  # noqa: E501
+            sock.sendall(line + b"\n")
+            answer = json.loads(stream.readline())
+        assert answer["ok"] and answer["result"]["max_calls"] == 256
+        sock.sendall(b"x" * 70_000)
+        with contextlib.suppress(ConnectionResetError):
+            assert stream.readline() == b""
+
+
+# --- bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("PROXY-055")
+def test_one_source_cannot_use_up_the_places_of_the_others() -> None:
+    with resident(start=False) as server:
+        server.qube.configure("", "max_calls = 4\nmax_calls_source = 2\n")
+        server.qube.chain("pass", '"pass"')
+        server.start()
+        running = [server.launch("pass+vault+mirror", "work") for _ in range(2)]
+        eventually(lambda: len(server.calls()) == 2)
+        done = server.call("pass+vault+mirror", b"x", "work")
+        assert (done.returncode, done.stdout) == (126, b"")
+        assert "of 'work' are under way already" in server.qube.log()
+        assert server.call("pass+vault+mirror", b"x", "other").stdout == b"x"
+        running += [server.launch("pass+vault+mirror", name) for name in ("other", "third")]
+        eventually(lambda: len(server.calls()) == 4)
+        assert server.call("pass+vault+mirror", b"x", "fourth").returncode == 126
+        assert [r["cause"] for r in server.qube.records() if r["exit_code"]] == ["busy", "busy"]
+        for process in running:
+            process.stdin.close()
+            assert process.wait(5) == 0
+        assert server.call("pass+vault+mirror", b"x", "work").stdout == b"x"
+
+
+@pytest.mark.spec("PROXY-054")
+def test_256_calls_at_once_all_complete_and_one_more_is_refused_at_once() -> None:
+    with resident(start=False) as server:
+        server.qube.chain("raw", "{ use = 'byte-limit', src2dst = '1M' }", rules=RAW)
+        server.start()
+        before = server.descriptors()
+        socks = [
+            server.raw(f"qrexec-proxy+raw+vault+mirror s{number % 8}\0".encode())
+            for number in range(256)
+        ]
+        eventually(lambda: len(server.calls()) == 256, 30)
+        begun = time.monotonic()
+        assert refused(server, b"qrexec-proxy+raw+vault+mirror other\0x")
+        assert time.monotonic() - begun < 1
+        for number, sock in enumerate(socks):
+            sock.sendall(b"%d" % number * 100)
+            sock.shutdown(socket.SHUT_WR)
+        for number, sock in enumerate(socks):
+            assert read_all(sock) == b"%d" % number * 100
+            sock.close()
+        eventually(lambda: not server.calls(), 20)
+        records = server.qube.records()
+        assert len(records) == 257 and len({r["id"] for r in records}) == 257
+        assert [r["cause"] for r in records].count("done") == 256
+        assert [r["cause"] for r in records].count("busy") == 1
+        eventually(lambda: not left_over(server.qube), 10)
+        eventually(lambda: server.descriptors() <= before + 8, 5, "descriptors are given back")
+
+
+@pytest.mark.spec("PROXY-022")
+def test_idle_calls_cost_the_server_nothing() -> None:
+    """No wake-up while nothing happens, also of the watcher of the configuration."""
+    with resident(start=False) as server:
+        server.qube.chain("raw", "{ use = 'byte-limit', src2dst = '1M' }", rules=RAW)
+        server.start()
+        socks = [server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") for _ in range(10)]
+        assert [sock.recv(1) for sock in socks] == [b"x"] * 10
+
+        def wakeups() -> int:
+            tasks = Path(f"/proc/{server.process.pid}/task")
+            return sum(
+                int((task / "status").read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0])
+                for task in tasks.iterdir()
+            )
+
+        eventually(lambda: wakeups() == (time.sleep(0.2), wakeups())[1], 10)
+        before = wakeups()
+        time.sleep(3)
+        assert wakeups() == before
+        for sock in socks:
+            sock.close()
+
+
+def test_serve_tells_what_is_wrong_and_exits(server: Resident) -> None:
+    with resident(start=False) as other:
+        other.qube.chain("broken", "{ use = 'nothing' }")
+        done = subprocess.run(
+            [*COMMAND, "proxy", "serve", "--config", str(other.qube.config)],
+            env=other.environment(None), capture_output=True, timeout=20,
+        )  # fmt: skip
+        assert done.returncode == 125 and b"unknown filter" in done.stderr
+    assert alive(server.process.pid)
