@@ -39,6 +39,24 @@ def configuration_files(path: str | None = None, env: Mapping[str, str] | None =
     )
 
 
+def old_installation(program: str) -> str | None:
+    """Return the directory of an installation of the earlier proxy that ``program`` stands for.
+
+    Its program was a link to a file beside a directory ``plugins`` with its ``config.json``. Where
+    that file was replaced by a link to ours, the old configuration goes on to be used.
+    """
+    for _ in range(8):
+        directory = os.path.dirname(os.path.abspath(program))
+        for name in ("plugins/config.json", "config.json"):
+            if os.path.isdir(f"{directory}/plugins") and os.path.isfile(f"{directory}/{name}"):
+                return directory
+        try:
+            program = os.path.join(directory, os.readlink(program))
+        except OSError:
+            return None
+    return None
+
+
 def _directories(env: Mapping[str, str]) -> list[str]:
     home = env.get("XDG_CONFIG_HOME") or (env.get("HOME", "") + "/.config")
     user = [home + "/sluice"] if home.startswith("/") and len(home) > len("/.config") else []

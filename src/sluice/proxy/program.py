@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import sys
 
-from sluice.errors import LocalError, SluiceError
+from sluice.errors import ConfigError, LocalError, SluiceError
 from sluice.flow.reactor import Reactor
 from sluice.proxy.chain import Cause
 from sluice.proxy.log import ERROR, Log
-from sluice.proxy.paths import state_directory
+from sluice.proxy.paths import configuration_files, old_installation, state_directory
 from sluice.proxy.session import TROUBLE, Session, named_call
 from sluice.proxy.signals import on_signals
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(argv: list[str], log: Log) -> int:
-    configuration = load_configuration()
+    configuration = load_configuration(argv[0])
     if configuration.settings.log != "auto":
         fallback = state_directory(configuration.settings.state) + "/proxy.log"
         log = Log(configuration.settings.log, stderr=False, fallback=fallback)
@@ -67,10 +67,21 @@ def _serve(argv: list[str], log: Log) -> int:
     return codes[0] if codes else TROUBLE
 
 
-def load_configuration() -> Configuration:
-    """Return the configuration, from its compiled form where that is up to date."""
+def load_configuration(program: str) -> Configuration:
+    """Return the configuration, from its compiled form where that is up to date.
+
+    Where there is none in the usual places, that of an installation of the earlier proxy in whose
+    place ``program`` stands.
+    """
     from sluice.proxy.compiled import load_fast
 
+    try:
+        configuration_files()
+    except ConfigError:
+        old = old_installation(program)
+        if old is None:
+            raise
+        return load_fast(old)
     return load_fast()
 
 
