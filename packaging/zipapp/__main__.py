@@ -2,12 +2,17 @@
 
 ``qrexec-proxy``: the program form, as in /etc/qubes-rpc. ``qrexec-proxy-launcher``: the launcher
 of the resident form. Any other name: the command ``sluice``, of which only ``proxy`` is here.
+``--program NAME`` in front says the name; so the proxy starts its own programs.
 """
 
 import os
 import sys
 
 name = sys.argv[0].rpartition("/")[2]
+if sys.argv[1:2] == ["--program"]:
+    name = sys.argv[2]
+    del sys.argv[1:3]
+
 if name == "qrexec-proxy":
     from sluice.proxy.program import main
 
@@ -16,6 +21,12 @@ elif name == "qrexec-proxy-launcher":
     from sluice.proxy.launcher import main
 
     os._exit(main())
+elif name == "sluice-proxy-worker":
+    from sluice.proxy.worker import main
+
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)
 
 from sluice.cli import main as cli  # noqa: E402
 

@@ -42,6 +42,18 @@ def launcher(name: str) -> str:
     return bin_directory() + "/" + name
 
 
+def program(name: str) -> "list[str]":
+    """Return the command line that starts one of the programs of ours, arguments to be added.
+
+    Where the proxy is a single file, or that file unpacked, there are no launchers: its entry does
+    what they do (packaging/zipapp).
+    """
+    whole = os.path.dirname(package_directory())
+    if os.path.isfile(whole) or os.path.isfile(whole + "/__main__.py"):
+        return [INTERPRETER, "-IS", whole, "--program", name]
+    return [launcher(name)]
+
+
 def path_with_launchers(path: str) -> str:
     """Return the search path ``path`` with the directory of the launchers put first."""
     return bin_directory() + (":" + path if path else "")

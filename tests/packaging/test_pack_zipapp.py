@@ -82,6 +82,30 @@ def test_the_program_form_makes_calls_and_keeps_its_configuration(debian: BareDe
     assert [json.loads(record)["cause"] for record in records] == ["done", "done"]
 
 
+def test_plugins_of_the_earlier_proxy_run_in_a_process_of_their_own(debian: BareDebian) -> None:
+    plugins = debian.root / "srv/old/plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "shout.py").write_text(
+        "from plugins import QrexecProxyPlugin, read_noblock, write_noblock, flush_noblock\n"
+        "class QrexecProxyPlugin_shout(QrexecProxyPlugin):\n"
+        "    async def proxy(self, src_r, src_w, dst_r, dst_w):\n"
+        "        while data := await read_noblock(src_r):\n"
+        "            await write_noblock(dst_w, data.upper())\n"
+        "        await flush_noblock(dst_w)\n"
+        "        dst_w.close()\n"
+        "        while data := await read_noblock(dst_r):\n"
+        "            await write_noblock(src_w, data)\n"
+        "        await flush_noblock(src_w)\n"
+    )
+    (plugins / "config.json").write_text('{"loud": {"plugins": ["shout"]}}')
+    debian.script("srv/mirror", "#!/bin/sh\nexec cat\n")
+    done = debian.run(
+        "/etc/qubes-rpc/qrexec-proxy", "loud+vault+mirror", data=b"one way",
+        env={"QREXEC_REMOTE_DOMAIN": "work", "SLUICE_PROXY_CONFIG": "/srv/old"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"ONE WAY", b"")
+
+
 def test_a_filter_that_needs_a_compiled_library_says_so(debian: BareDebian) -> None:
     (debian.root / "srv/lines.toml").write_text(
         '[chains.words]\nservices = "any"\ntargets = "any"\n'

@@ -61,9 +61,9 @@ class WorkerEnd(ProgramEnd):
 
         ``command`` is the program that is the far end, None for the ordinary one.
         """
-        from sluice.runtime import launcher
+        from sluice.runtime import program
 
-        super().__init__(loop, [launcher(PROGRAM)], log=log, label="")
+        super().__init__(loop, program(PROGRAM), log=log, label="")
         self.cause: Cause | None = None
         self.filters: list[dict[str, Any]] | None = None
         self._job = describe_job(call, chain, settings)
