@@ -654,3 +654,156 @@ def test_a_service_side_that_breaks_the_protocol() -> None:
             os.close(fd)
 
     play(scene)
+
+
+# --- bounds that time sets ----------------------------------------------------------------------
+
+
+def test_few_descriptors_are_held_for_an_agent_that_does_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sluice.adminvm.dispatch.ROOM_PATIENCE", 0.4)
+
+    async def scene(world: World) -> None:
+        a, b, c = await world.start("a"), await world.start("b"), await world.start("c")
+        before = len(open_descriptors())
+        count = 250
+        a.send(b"".join(trigger4(b"b", b"s" * 200, b"I%d" % n) for n in range(count)))
+        answers = []
+        # b reads nothing; a is told of each call in the end, c's calls go through meanwhile.
+        while len(answers) < count:
+            answers.append((await a.receive())[0])
+            for fd in a.wire.take_fds():
+                os.close(fd)
+            assert len(open_descriptors()) - before < 450
+            if len(answers) == 60:
+                c.send(trigger4(b"nobody", b"s", b"I"))
+                assert (await c.receive())[0] == SERVICE_REFUSED
+        assert 30 < answers.count(SERVICE_CONNECT) < count
+        assert answers.count(SERVICE_REFUSED) > 10
+        causes = [record["cause"] for record in world.records()]
+        assert sum("does not read its control channel" in cause for cause in causes) > 10
+        b.end()
+
+    play(scene)
+
+
+def test_calls_wait_for_an_agent_that_reads_late() -> None:
+    async def scene(world: World) -> None:
+        a, b = await world.start("a"), await world.start("b")
+        count = 250
+        a.send(b"".join(trigger4(b"b", b"s" * 200, b"I%d" % n) for n in range(count)))
+        await asyncio.sleep(0.1)
+        run = world.system.run_of("b")
+        assert run is not None
+        assert run.endpoint.busy
+
+        async def read(agent: PlayedRun) -> list[int]:
+            kinds = []
+            for _ in range(count):
+                kind, _, fds = await agent.receive()
+                kinds.append(kind)
+                for fd in fds:
+                    os.close(fd)
+            return kinds
+
+        sources, targets = await asyncio.gather(read(a), read(b))
+        assert set(sources) == {SERVICE_CONNECT}
+        assert set(targets) == {EXEC_CMDLINE}
+
+    play(scene)
+
+
+def test_a_local_client_that_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sluice.adminvm.local.PATIENCE", 0.05)
+
+    async def scene(world: World) -> None:
+        await world.start("a")
+        path = str(world.system.paths.daemon_dir / "qrexec.a")
+        for data in (b"", hello(3)[:5], hello(3), hello(3) + message(EXEC_CMDLINE, b"x" * 20)[:9]):
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(data)
+            assert await asyncio.wait_for(reader.read(), 5) == hello(3)
+            writer.close()
+
+    play(scene)
+
+
+# --- services of dom0 ---------------------------------------------------------------------------
+
+
+def write_service(world: World, name: str, script: str) -> None:
+    path = world.directory / "config/rpc" / name
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def test_a_service_of_dom0_outlives_a_breach_but_not_the_adminvm() -> None:
+    pids: list[int] = []
+
+    async def scene(world: World) -> None:
+        mark = world.directory / "pid"
+        write_service(world, "s", f"#!/bin/sh\necho $$ >{mark}\nexec sleep 1000\n")
+        a = await world.start("a")
+        a.send(trigger4(b"dom0", b"s", b"I"))
+        _, body, fds = await a.receive()
+        os.write(fds[1], hello(4) + message(0x9999))
+        await until(lambda: mark.exists() and mark.read_text(), "the service")
+        pids.append(int(mark.read_text()))
+        while await asyncio.to_thread(os.read, fds[0], 4096):
+            pass
+        number = struct.unpack_from("<I", body, 4)[0]
+        a.send(message(TERMINATED, exec_body(0, number)))
+        (record,) = await world.recorded()
+        assert record["exit_code"] == 1
+        os.kill(pids[0], 0)
+        for fd in fds:
+            os.close(fd)
+
+    play(scene)
+    with pytest.raises(ProcessLookupError):
+        # Killed and reaped by the loop, or at the latest when it is gone.
+        for _ in range(500):
+            os.kill(pids[0], 0)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pids[0], os.WNOHANG)
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("prefix", ["", "nogui:"])
+def test_waiting_for_a_session_in_dom0(prefix: str) -> None:
+    from sluice.adminvm.dom0 import Dom0Call
+
+    async def scene(world: World) -> None:
+        loop = asyncio.get_running_loop()
+        log = world.directory / "order"
+        write_service(
+            world,
+            "qubes.WaitForSession",
+            f"#!/bin/sh\necho w $QREXEC_REMOTE_DOMAIN >>{log}\nexit 1\n",
+        )
+        write_service(world, "s", f"#!/bin/sh\necho s >>{log}\n")
+        config = world.directory / "config/rpc-config"
+        config.mkdir()
+        (config / "s").write_text("wait-for-session = true\n")
+        gone: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[int] = loop.create_future()
+        call = Dom0Call(
+            loop,
+            f"{prefix}QUBESRPC s work name dom0".encode(),
+            environment=dict(os.environb),
+            on_done=done.set_result,
+            on_gone=lambda: gone.set_result(None),
+            log=lambda line: None,
+            service_path=str(world.directory / "config/rpc"),
+            config_path=str(config),
+        )
+        call.start()
+        await until(lambda: log.exists() and "s" in log.read_text().split(), "the service")
+        assert log.read_text().split() == (["s"] if prefix else ["w", "work", "s"])
+        call.close()
+        call.close()
+        await asyncio.wait_for(gone, 5)
+        assert not done.done()
+
+    play(scene)

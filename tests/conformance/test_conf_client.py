@@ -576,3 +576,19 @@ def test_a_closed_descriptor_is_refused() -> None:
     """A program without 0, 1 or 2 would give these numbers to something else."""
     script = f"exec {BIN / 'qrexec-client'} -d work x >&-"
     assert subprocess.run(["/bin/sh", "-c", script], timeout=DEADLINE).returncode == 125
+
+
+@pytest.mark.spec("WIRE-232")
+@pytest.mark.parametrize(("prefix", "waits"), [("", True), ("nogui:", False)])
+def test_nogui_in_dom0_skips_waiting_only(world: World, prefix: str, waits: bool) -> None:
+    mark = world.directory / "waited"
+    world.service("qubes.WaitForSession", f"#!/bin/sh\n: >{mark}\n")
+    world.service("test.Svc", "#!/bin/sh\nexit 6\n")
+    config = world.directory / "conf" / "test.Svc"
+    config.write_text("wait-for-session = 1\n")
+    text = f"DEFAULT:{prefix}QUBESRPC test.Svc dom0"
+    assert world.run("-d", "dom0", text).returncode == 6
+    assert mark.exists() == waits
+    # Other mistakes in the configuration count in both cases.
+    config.write_text("force-user = oops\n")
+    assert world.run("-d", "dom0", text).returncode == 125

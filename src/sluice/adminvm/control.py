@@ -69,6 +69,7 @@ class ControlChannel:
         self._reading = False
         self._writing = False
         self._waiting: list[asyncio.Future[None]] = []
+        self._pressed = False
         self.queued = 0
         self.carried = 0
         self.closed = False
@@ -102,6 +103,7 @@ class ControlChannel:
         self.carried += len(fds)
         if not self._writing:
             self._flush()
+        self._pressed = self._pressed or self.busy
         if self.full:
             self._deafen()
 
@@ -124,30 +126,33 @@ class ControlChannel:
                 turn.set_result(None)
 
     def _flush(self) -> None:
-        was_busy = self.busy
+        """Send what the socket takes, then go on with what waited for that."""
         while self._queue:
             data, fds = self._queue[0]
             sent = self._send_some(data, fds)
             if sent < 0:
                 return
             if sent == 0:
-                if not self._writing:
-                    self._writing = True
-                    self._loop.add_writer(self._sock.fileno(), self._flush)
-                return
+                break
             self.queued -= sent
             if sent == len(data):
                 self._queue.popleft()
             else:
                 self._queue[0] = (data[sent:], ())
-        if self._writing:
-            self._writing = False
-            self._loop.remove_writer(self._sock.fileno())
+        self._watch_writable(bool(self._queue))
         if not self._pause:
             self._listen()
-        if was_busy:
+        if self._pressed and not self.busy:
+            self._pressed = False
             self._wake()
             self._on_writable()
+
+    def _watch_writable(self, wanted: bool) -> None:
+        if wanted and not self._writing:
+            self._loop.add_writer(self._sock.fileno(), self._flush)
+        elif self._writing and not wanted:
+            self._loop.remove_writer(self._sock.fileno())
+        self._writing = wanted
 
     def _send_some(self, data: memoryview, fds: tuple[int, ...]) -> int:
         """Send what fits: bytes sent, 0 where nothing fits now, -1 where the channel is gone."""

@@ -111,7 +111,7 @@ class Dispatcher:
             record.cause = "the AdminVM stops"
             raise
         except (SluiceError, OSError) as error:
-            self._refused(record, error)
+            self._refused(source, record, error)
         except Exception:
             record.cause = "internal error"
             raise
@@ -120,13 +120,13 @@ class Dispatcher:
             self.numbers.free(number)
             self._audit.write(record)
 
-    def _refused(self, record: CallRecord, error: Exception) -> None:
+    def _refused(self, source: DomainRun, record: CallRecord, error: Exception) -> None:
         record.cause = str(error)
         if record.decision == "allow" and "connected" not in record.stages:
             # Policy allowed it, but the source saw a refusal.
             record.stage("failed")
-        name = f"{record.service}: {record.source} -> {record.target or record.requested_target}"
-        self._log(f"{escape(name, 300)}: refused: {escape(str(error), 300)}")
+        name = f"{record.service} on {record.target or record.requested_target or '@default'}"
+        source.note(f"{escape(name, 200)}: refused: {escape(str(error), 300)}")
 
     async def _decide(self, source: DomainRun, request: Request, record: CallRecord) -> Decision:
         verdict = await self._judge.decide(source.name, request.trigger, self._domains.running())

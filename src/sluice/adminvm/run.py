@@ -132,6 +132,10 @@ class DomainRun:
 
     # --- ending ---------------------------------------------------------------------------
 
+    def note(self, text: str) -> None:
+        """Log a line that the domain caused, escaped already; floods of them are folded."""
+        self._log(text)
+
     def stop(self, reason: str) -> None:
         """Begin to end the run, in order: close the control channel, which ends the agent."""
         self._end(reason, "Halting")
