@@ -114,6 +114,7 @@ class Control:
         self._held += message
         if not self._writing:
             self._flush()
+        self._tell_pressure()
 
     def _flush(self) -> None:
         try:
@@ -126,6 +127,9 @@ class Control:
             # said last.
             self._held.clear()
         self._watch_writable(bool(self._held))
+        self._tell_pressure()
+
+    def _tell_pressure(self) -> None:
         pressed = len(self._held) > MAX_HELD
         if pressed != self._pressed:
             self._pressed = pressed
