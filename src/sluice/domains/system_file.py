@@ -80,19 +80,23 @@ class _Reader:
 
     def line(self, key: str) -> int | None:
         """Find the line of ``system.kind`` or ``domains.work.label``; tomllib does not tell."""
-        table, _, last = key.rpartition(".")
         here = ""
-        found = None
+        header_line = None
         for number, line in enumerate(self.lines, 1):
             text = line.strip()
             header = re.match(r"\[\s*([^\]]+?)\s*\]", text)
             if header:
                 here = header.group(1).replace('"', "").replace("'", "")
-                if here == key or (here == table and found is None):
-                    found = number
-            elif here == table and re.match(rf"[\"']?{re.escape(last)}[\"']?\s*=", text):
-                return number
-        return found
+                if here == key or (key + ".").startswith(here + ".") or here.startswith(key + "."):
+                    header_line = number if header_line is None or here == key else header_line
+            elif key.startswith(here + "."):
+                # The rest may hold dots itself: a path, the name of a feature.
+                last = re.escape(key[len(here) + 1 :])
+                if re.match(rf"[\"']?{last}[\"']?\s*=", text):
+                    return number
+                if header_line is None or self.lines[header_line - 1].count(".") < here.count("."):
+                    header_line = number - 1
+        return header_line
 
     def unknown(self, key: str, name: str, known: list[str]) -> NoReturn:
         close = difflib.get_close_matches(name, known, 1)

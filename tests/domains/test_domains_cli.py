@@ -1,0 +1,241 @@
+"""The command line's own parts: what reaches the terminal, what is copied, the log, init."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sluice.agent import copying
+from sluice.agent.terminal import SIZE, TYPED, WINDOW, Frames, frame
+from sluice.cli.cp import split
+from sluice.cli.escapes import EscapeFilter
+from sluice.cli.log import render, wanted
+from sluice.cli.main import LAZY, main
+from sluice.domains.system_file import load
+from sluice.policy.files import PolicyStore
+
+# --- the filter of escape sequences ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        (b"plain text\r\n\ttab\a\b", b"plain text\r\n\ttab\a\b"),
+        (b"\x1b[31mred\x1b[0m", b"\x1b[31mred\x1b[0m"),
+        (b"\x1b[2J\x1b[10;20H\x1b[K", b"\x1b[2J\x1b[10;20H\x1b[K"),
+        (b"\x1b[?25l\x1b[?1049h\x1b[?2004h", b"\x1b[?25l\x1b[?1049h\x1b[?2004h"),
+        (b"\x1b(B\x1b7\x1b8\x1bM", b"\x1b(B\x1b7\x1b8\x1bM"),
+        ("grüße ☃ 🎉".encode(), "grüße ☃ 🎉".encode()),
+        # what makes a terminal answer, remember or do
+        (b"a\x1b]0;title\x07b", b"ab"),
+        (b"a\x1b]52;c;ZXZpbA==\x1b\\b", b"ab"),
+        (b"a\x1bP+q544e\x1b\\b", b"ab"),
+        (b"a\x1b_hidden\x1b\\b", b"ab"),
+        (b"a\x1b^hidden\x1b\\b", b"ab"),
+        (b"a\x1bXhidden\x1b\\b", b"ab"),
+        (b"a\x1b[6nb\x1b[cb\x1b[5nb\x1b[>cb", b"abbbb"),
+        (b"a\x1b[21tb\x1b[8;1;1tb", b"abb"),
+        (b"a\x1b[?1000hb\x1b[?1006hb\x1b[?25;1000hb", b"abbb"),
+        (b"a\x1b[20hb\x1b[!pb\x1b[0qb\x1b[1;1;1;1;1*yb", b"abbbb"),
+        (b"a\x1bcb\x1bZb\x1b#8b", b"abbb"),
+        # C1 controls, raw and as UTF-8
+        (b"a\x9b6nb\x90x\x9cb", b"a6nbxb"),
+        (b"a\xc2\x9b6nb\xc2\x9d0;t\xc2\x9cb", b"a6nb0;tb"),
+        # text that runs backwards
+        ("a\u202eb\u2066c".encode(), b"abc"),
+        # broken
+        (b"a\x1b[31\x18b\x1b[31\x1ac", b"abc"),
+        (b"a\x1b[\x1b[32mb", b"a\x1b[32mb"),
+        (b"a\xff\xfe\xe2\x82b", b"ab"),
+        (b"a\x00\x05\x7fb", b"ab"),
+        (b"a\x1b[" + b"1;" * 100 + b"mb", b"ab"),
+        (b"a\x1b]never ends" + b"x" * 10000, b"a"),
+    ],
+)
+def test_what_passes_the_filter(sent: bytes, shown: bytes) -> None:
+    assert EscapeFilter().feed(sent) == shown
+
+
+@given(st.binary(max_size=200), st.integers(1, 7))
+def test_the_filter_does_not_care_how_a_stream_is_cut(data: bytes, size: int) -> None:
+    whole = EscapeFilter().feed(data)
+    piecewise = EscapeFilter()
+    assert (
+        b"".join(piecewise.feed(data[at : at + size]) for at in range(0, len(data), size)) == whole
+    )
+    # What was filtered is fit to be filtered again: nothing forbidden is put together by it.
+    assert EscapeFilter().feed(whole) == whole
+    assert b"\x1b]" not in whole
+    assert b"\x1bP" not in whole
+
+
+# --- frames of a terminal --------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([TYPED, WINDOW]), st.binary(max_size=50))), st.integers(1, 9)
+)
+def test_frames_come_out_as_they_went_in(frames: list[tuple[int, bytes]], size: int) -> None:
+    stream = b"".join(frame(kind, body) for kind, body in frames)
+    reader = Frames()
+    found = [f for at in range(0, len(stream), size) for f in reader.feed(stream[at : at + size])]
+    assert found == frames
+    assert SIZE.size == 4
+
+
+# --- copying ---------------------------------------------------------------------------------
+
+
+def copy(source: Path, destination: Path) -> list[str]:
+    """Send and receive over a pipe."""
+    reading, writing = os.pipe()
+    skipped: list[str] = []
+
+    def sender() -> None:
+        try:
+            skipped.extend(copying.send(writing, str(source)))
+        finally:
+            os.close(writing)
+
+    thread = threading.Thread(target=sender)
+    thread.start()
+    try:
+        copying.receive(reading, str(destination))
+    finally:
+        os.close(reading)
+        thread.join()
+    return skipped
+
+
+def test_a_tree_arrives_unchanged(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "a/b").mkdir(parents=True)
+    (source / "a/b/data").write_bytes(os.urandom(700_000))
+    (source / "a/run").write_text("#!/bin/sh\n")
+    (source / "a/run").chmod(0o755)
+    (source / "empty").touch()
+    (source / "link").symlink_to("/etc/passwd")
+    os.mkfifo(source / "fifo")
+    skipped = copy(source, tmp_path / "copy")
+    assert (tmp_path / "copy/a/b/data").read_bytes() == (source / "a/b/data").read_bytes()
+    assert (tmp_path / "copy/a/run").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "copy/empty").read_bytes() == b""
+    assert not os.path.lexists(tmp_path / "copy/link")
+    assert "link" in skipped
+    copy(source / "a/run", tmp_path / "single")
+    assert (tmp_path / "single").read_text() == "#!/bin/sh\n"
+
+
+def test_nothing_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    with pytest.raises(copying.CopyError, match="File exists"):
+        copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "old"
+
+
+def stream(*entries: tuple[int, int, int, bytes, bytes]) -> bytes:
+    return b"".join(
+        copying.HEADER.pack(kind, mode, size, len(name)) + name + body
+        for kind, mode, size, name, body in entries
+    )
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        stream((1, 0o755, 0, b"", b""), (0, 0o644, 1, b"../x", b"x")),
+        stream((1, 0o755, 0, b"", b""), (0, 0o644, 1, b"..", b"x")),
+        stream((1, 0o755, 0, b"", b""), (0, 0o644, 1, b"/etc/x", b"x")),
+        stream((1, 0o755, 0, b"", b""), (0, 0o644, 1, b"a\0b", b"x")),
+        stream((1, 0o755, 0, b"", b""), (0, 0o644, 1, b"", b"x")),
+        stream((1, 0o755, 0, b"", b""), (2, 0, 0, b"", b""), (0, 0o644, 1, b"y", b"x")),
+        stream((1, 0o755, 0, b"", b""), (2, 0, 0, b"", b""), (2, 0, 0, b"", b"")),
+        stream((0, 0o644, 1, b"named", b"x")),
+        stream((9, 0, 0, b"", b"")),
+        stream((3, 0, 0, b"", b"")),
+        stream((0, 0o644, 1 << 40, b"", b"short")),
+        b"\x00",
+        stream(*[(1, 0o755, 0, b"d" if n else b"", b"") for n in range(400)]),
+    ],
+)
+def test_a_hostile_sender_makes_nothing_elsewhere(tmp_path: Path, hostile: bytes) -> None:
+    (tmp_path / "in").mkdir()
+    reading, writing = os.pipe()
+    os.write(writing, hostile)
+    os.close(writing)
+    with pytest.raises(copying.CopyError):
+        copying.receive(reading, str(tmp_path / "in/copy"))
+    os.close(reading)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
+    assert {entry.name for entry in (tmp_path / "in").iterdir()} <= {"copy"}
+
+
+def test_places_of_cp() -> None:
+    assert split("work:file") == ("work", "file")
+    assert split("work:/abs/file") == ("work", "/abs/file")
+    assert split("work:") == ("work", ".")
+    assert split("./a:b") is None
+    assert split("file") is None
+    assert split("1x:y") is None
+
+
+# --- the log ---------------------------------------------------------------------------------
+
+RECORD = (
+    '{"time":"T","id":1,"source":"work","target":"vault","requested_target":"vault",'
+    '"service":"test.Add","argument":"x","rule":"f:1","decision":"deny","cause":"no","stages":{"a":2}}'
+)
+
+
+def test_a_record_is_readable() -> None:
+    assert render(RECORD) == "T  work -> vault  test.Add+x  deny  by f:1  no  2 ms"
+
+
+def test_a_broken_record_is_shown_escaped() -> None:
+    assert render("\x1b]0;x\x07\n") == "\\x1b]0;x\\x07"
+
+
+def test_records_can_be_chosen() -> None:
+    assert wanted(RECORD, "vault", False)
+    assert wanted(RECORD, None, True)
+    assert not wanted(RECORD, "other", False)
+    assert not wanted(RECORD.replace("deny", "allow"), None, True)
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def test_every_command_of_the_table_loads() -> None:
+    for name in LAZY:
+        shown = CliRunner().invoke(main, [name, "--help"])
+        assert shown.exit_code == 0, (name, shown.output)
+
+
+def test_init_writes_a_system_that_loads(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["init", "--root", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    system = load(tmp_path / "config/system.toml")
+    assert list(system.domains) == ["work", "vault", "untrusted"]
+    store = PolicyStore(
+        [tmp_path / "config/policy.d"], legacy_directory=tmp_path / "config/policy.legacy"
+    )
+    store.load()
+    again = CliRunner().invoke(main, ["init", "--root", str(tmp_path)])
+    assert again.exit_code == 125
+    assert "there is a system already" in again.output
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["up", "--root", str(tmp_path)])
+    assert done.exit_code == 125
+    assert done.output.count("\n") == 1
+    done = CliRunner().invoke(main, ["ls", "--root", str(tmp_path)])
+    assert done.exit_code == 125
+    assert "Traceback" not in done.output
