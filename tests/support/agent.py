@@ -135,7 +135,7 @@ class Wire:
         """Tell whether the stream is at its end (waits)."""
         return self.exactly(1) == b""
 
-    def silent(self, seconds: float = 0.15) -> bool:
+    def silent(self, seconds: float = 0.1) -> bool:
         """Tell that nothing comes for a while."""
         return not select.select([self.reader], [], [], seconds)[0]
 
