@@ -37,7 +37,7 @@ class LocalSession:
         self._reading = False
         self.closed = False
         sock.setblocking(False)
-        self._deadline: asyncio.TimerHandle | None = self._loop.call_later(PATIENCE, self.close)
+        self._deadline: asyncio.TimerHandle | None = self._loop.call_later(PATIENCE, self._late)
         if not self.reply(Session.greeting):
             self.close()
         elif not server.paused:
@@ -93,6 +93,13 @@ class LocalSession:
             self.close()
             return False
         return True
+
+    def _late(self) -> None:
+        """Drop a client that says nothing; but not one that we did not listen to."""
+        if self._server.paused:
+            self._deadline = self._loop.call_later(PATIENCE, self._late)
+        else:
+            self.close()
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:
