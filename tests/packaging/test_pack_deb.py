@@ -56,6 +56,17 @@ def test_it_is_installed_used_and_removed_without_trace(package: Path, debian: B
     (record,) = (debian.root / "var/log/sluice/proxy.jsonl").read_text().splitlines()
     assert json.loads(record)["source"] == "work"
 
+    (debian.root / "srv/kept").unlink()
+    assert debian.resident("/usr/lib/sluice/bin/qrexec-proxy-launcher") == "42"
+    assert (debian.root / "srv/kept").read_bytes() == b"one way"
+
+    completion = debian.run(
+        "bash", "-c",
+        ". /usr/share/bash-completion/completions/sluice; COMP_WORDS=(sluice prox) COMP_CWORD=1;"
+        " _sluice_completion sluice; echo ${COMPREPLY[@]}",
+    )  # fmt: skip
+    assert completion.stdout == b"proxy\n", completion.stderr
+
     # What an administrator changed stays when the package is removed, and goes when it is purged.
     with (debian.root / "etc/sluice/proxy.toml").open("a") as stream:
         stream.write("# changed\n")

@@ -34,6 +34,7 @@ def debian(single: Path) -> Iterator[BareDebian]:
     shutil.copy(single, made.root / PLACE.lstrip("/"))
     (made.root / "usr/local/bin/sluice").symlink_to(PLACE)
     (made.root / "etc/qubes-rpc/qrexec-proxy").symlink_to(PLACE)
+    (made.root / "usr/local/lib/qrexec-proxy-launcher").symlink_to(PLACE)
     shutil.copy(ROOT / "packaging/proxy.toml", made.root / "etc/sluice/proxy.toml")
     made.script("srv/inbox.Put", KEEP)
     yield made
@@ -80,6 +81,12 @@ def test_the_program_form_makes_calls_and_keeps_its_configuration(debian: BareDe
         assert len(list((debian.root / "run/sluice-proxy").glob("*.config"))) == 1
     records = (debian.root / "var/log/sluice/proxy.jsonl").read_text().splitlines()
     assert [json.loads(record)["cause"] for record in records] == ["done", "done"]
+
+
+@pytest.mark.spec("PROXY-010")
+def test_the_resident_form_serves_calls_of_the_launcher(debian: BareDebian) -> None:
+    assert debian.resident("/usr/local/lib/qrexec-proxy-launcher") == "42"
+    assert (debian.root / "srv/kept").read_bytes() == b"one way"
 
 
 def test_plugins_of_the_earlier_proxy_run_in_a_process_of_their_own(debian: BareDebian) -> None:

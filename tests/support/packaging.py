@@ -16,11 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "bash", "cat", "chmod", "cp", "date", "dash", "diff", "dirname", "dpkg", "dpkg-deb",
-    "dpkg-divert", "dpkg-query", "dpkg-split", "env", "false", "find", "grep", "head", "id", "install", "ls",
-    "mkdir", "mktemp", "mv", "python3.11", "readlink", "rm", "rmdir", "sed", "sh", "sha256sum",
-    "sleep", "sort", "systemctl", "tar", "tee", "touch", "tr", "true", "uname", "wc", "xz",
+    "bash", "cat", "chmod", "cp", "dash", "date", "diff", "dirname", "dpkg", "dpkg-deb",
+    "dpkg-divert", "dpkg-query", "dpkg-split", "env", "false", "find", "grep", "head", "id",
+    "install", "ls", "mkdir", "mktemp", "mv", "readlink", "rm", "rmdir", "sed", "seq",
+    "sh", "sha256sum", "sleep", "sort", "systemctl", "tar", "tee", "touch", "tr", "true", "uname",
+    "wc", "xz",
 )  # fmt: skip
+# The interpreter that domains see, whatever its version.
+PYTHON = os.path.basename(os.path.realpath("/usr/bin/python3"))
 SYSTEM_PROGRAMS = ("ldconfig", "start-stop-daemon")
 # What the package may depend on; these are taken to be installed as they are on this machine.
 PRESENT = ("base-files", "python3", "libc6", "libgcc-s1", "libstdc++6", "libseccomp2")
@@ -31,6 +34,18 @@ printf '%s\\n' "$*" >> /srv/calls
 [ "$1" = "--" ] && shift
 [ -x "/srv/${2%%+*}" ] || exit 127
 exec "/srv/${2%%+*}"
+"""
+
+
+# The resident form: a server, a call by the launcher, the server's end.
+RESIDENT = """
+sluice proxy serve & server=$!
+for try in $(seq 200); do [ -S /run/sluice-proxy/launcher.sock ] && break; sleep 0.05; done
+export QREXEC_REMOTE_DOMAIN=work
+printf 'one way' | LAUNCHER one-way+vault+inbox.Put
+echo $?
+kill $server
+wait $server
 """
 
 
@@ -68,7 +83,7 @@ class BareDebian:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for name in ("bin", "sbin", "lib", "lib64"):
             (self.root / name).symlink_to(f"usr/{name}")
-        (self.root / "usr/bin/python3").symlink_to("python3.11")
+        (self.root / "usr/bin/python3").symlink_to(PYTHON)
         (self.root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
         self.script("usr/bin/qrexec-client-vm", CLIENT)
         self.run("true")
@@ -94,13 +109,13 @@ class BareDebian:
         }
         environment.update(env or {})
         options = ["--bind", str(self.root), "/"]
-        for name in PROGRAMS:
+        for name in (*PROGRAMS, PYTHON):
             if os.path.exists(f"/usr/bin/{name}"):
                 options += ["--ro-bind", os.path.realpath(f"/usr/bin/{name}"), f"/usr/bin/{name}"]
         for name in SYSTEM_PROGRAMS:
             if found := shutil.which(name, path="/usr/sbin:/sbin"):
                 options += ["--ro-bind", os.path.realpath(found), f"/usr/sbin/{name}"]
-        for directory in ("/usr/lib/python3.11", str(_libraries()), "/usr/lib64"):
+        for directory in (f"/usr/lib/{PYTHON}", str(_libraries()), "/usr/lib64"):
             if os.path.isdir(directory):
                 options += ["--ro-bind", directory, directory]
         options += ["--dev", "/dev", "--proc", "/proc", "--chdir", cwd, "--clearenv"]
@@ -117,6 +132,10 @@ class BareDebian:
         done = self.run(*command, data=data)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
+
+    def resident(self, launcher: str) -> str:
+        """Serve, make a call through the launcher, and return its exit code as it is printed."""
+        return self.check("sh", "-c", RESIDENT.replace("LAUNCHER", launcher)).decode().strip()
 
     def contents(self) -> set[str]:
         """Return every path, without dpkg's own records and what the stand-ins wrote."""
