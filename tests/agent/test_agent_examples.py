@@ -141,3 +141,18 @@ def test_the_page_shows_the_examples_as_they_are() -> None:
         assert (EXAMPLES / name).read_text() == text, name
     for entry in Path(EXAMPLES / "rpc").iterdir():
         assert entry.name in page
+
+
+def test_a_service_can_use_the_library(system: System) -> None:
+    """A service that calls another: the library finds the agent that started it."""
+    system.place.service(
+        "test.Chain",
+        f"#!{sys.executable}\n"
+        "import asyncio, sluice\n"
+        "try:\n"
+        "    asyncio.run(sluice.call('nobody', 'test.Add'))\n"
+        "except sluice.CallRefused as error:\n"
+        "    print(error.status)\n",
+    )
+    status, out, err = system.client("test.Chain")
+    assert (status, out) == (0, b"126\n"), err

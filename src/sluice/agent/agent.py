@@ -85,6 +85,10 @@ class Agent:
         self._on_exit = on_exit
         self._log = Log("qrexec-agent")
         self._processes = ProcessTable(loop, on_terminate=lambda: self._exit(0))
+        environment = dict(environment)
+        if agent_socket != AGENT_SOCKET:
+            # For the library (sluice.call), which has no option to be told by.
+            environment[b"SLUICE_AGENT_SOCKET"] = os.fsencode(os.path.abspath(agent_socket))
         helper = os.fsencode(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         self._around = Surroundings(
             loop,
