@@ -100,6 +100,8 @@ def copy(source: Path, destination: Path) -> list[str]:
     def sender() -> None:
         try:
             skipped.extend(copying.send(writing, str(source)))
+        except BrokenPipeError:
+            pass  # the receiver has given up
         finally:
             os.close(writing)
 
