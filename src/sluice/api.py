@@ -13,334 +13,36 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from sluice import runtime
-from sluice.agent.caller import AGENT_SOCKET, CallRequest
-from sluice.errors import LocalError, RemoteError, ResourceError, SluiceError
-from sluice.flow.channel import DataChannel
-from sluice.service.command import ServiceError
-from sluice.service.start import spawn
-from sluice.wire.messages import EXIT_REFUSED
+from sluice.agent.caller import AGENT_SOCKET
+from sluice.callstream import (
+    Call,
+    CallError,
+    CallFailed,
+    CallLost,
+    CallRefused,
+    CallResult,
+    Dom0Call,
+    DomainCall,
+)
+from sluice.errors import LocalError, ResourceError
 
-# How much one ``call`` may bring back by default, and how much of a service's stderr is kept.
+__all__ = [
+    "Call",
+    "CallError",
+    "CallFailed",
+    "CallLost",
+    "CallRefused",
+    "CallResult",
+    "call",
+    "open_call",
+]
+
+# How many bytes one ``call`` may bring back by default.
 MAX_OUTPUT = 64 << 20
-MAX_ERRORS = 64 << 10
-CHUNK = 65536
 AGENT_VARIABLE = "SLUICE_AGENT_SOCKET"
-
-
-class CallError(SluiceError):
-    """A call did not succeed; ``status`` is what a client program would exit with."""
-
-    def __init__(self, message: str, status: int) -> None:
-        """Take a message for the operator and the status."""
-        super().__init__(message)
-        self.status = status
-
-
-class CallRefused(CallError):
-    """The call was not allowed, or could not be made at all: nothing ran."""
-
-
-class CallFailed(CallError):
-    """The service ran and ended with a status other than 0, or could not be started (125, 127)."""
-
-    def __init__(self, message: str, result: CallResult) -> None:
-        """Take the whole result besides."""
-        super().__init__(message, result.status)
-        self.result = result
-
-
-class CallLost(CallError):
-    """The other side went away before the call was over."""
-
-
-class CallResult:
-    """What a whole call brought: ``output``, ``errors`` (the last of its stderr), ``status``."""
-
-    __slots__ = ("errors", "output", "status")
-
-    def __init__(self, output: bytes, errors: bytes, status: int) -> None:
-        """Keep the three."""
-        self.output = output
-        self.errors = errors
-        self.status = status
-
-    def __bytes__(self) -> bytes:
-        """Return the output."""
-        return self.output
-
-    def __repr__(self) -> str:
-        """Show the sizes and the status, not the content."""
-        return f"CallResult({len(self.output)} bytes, {len(self.errors)} of stderr, {self.status})"
-
-
-class Call:
-    """An open call, from ``open_call``. One task may send while another receives."""
-
-    def __init__(self, name: str) -> None:
-        """Take the name for messages; ``open_call`` makes it."""
-        self._name = name
-        self._loop = asyncio.get_running_loop()
-        # Our ends of the two pipes that the engine, or the client program, holds the others of.
-        self._to_service = -1
-        self._from_service = -1
-        self._errors = bytearray()
-        self._over: asyncio.Future[int] = self._loop.create_future()
-        self._close: Callable[[], None] = lambda: None
-
-    @property
-    def errors(self) -> bytes:
-        """What came of the service's stderr so far; the last 64 KiB of it."""
-        return bytes(self._errors)
-
-    async def send(self, data: bytes | memoryview) -> None:
-        """Send all of ``data``, waiting while the service does not take it.
-
-        Raises CallLost where the service takes nothing any more.
-        """
-        rest = memoryview(data)
-        while rest:
-            if self._to_service < 0:
-                raise LocalError("send after send_eof")
-            try:
-                rest = rest[os.write(self._to_service, rest) :]
-            except BlockingIOError:
-                await self._ready(self._to_service, writing=True)
-            except BrokenPipeError:
-                raise CallLost(f"{self._name}: the service takes no more input", 255) from None
-
-    async def send_eof(self) -> None:
-        """Tell the service that nothing more comes; harmless when repeated."""
-        if self._to_service >= 0:
-            os.close(self._to_service)
-            self._to_service = -1
-
-    async def receive(self, size: int = CHUNK) -> bytes:
-        """Return some of the service's output, at most ``size`` bytes; nothing at its end."""
-        while self._from_service >= 0:
-            try:
-                data = os.read(self._from_service, size)
-            except BlockingIOError:
-                await self._ready(self._from_service, writing=False)
-                continue
-            if not data:
-                os.close(self._from_service)
-                self._from_service = -1
-            return data
-        return b""
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        """Iterate over the output in pieces as they come."""
-        return self._pieces()
-
-    async def _pieces(self) -> AsyncIterator[bytes]:
-        while data := await self.receive():
-            yield data
-
-    async def wait(self) -> int:
-        """Return the exit status once the call is over; all output should be received before.
-
-        Raises CallLost where the channel ended before the status came.
-        """
-        await self.send_eof()
-        return await asyncio.shield(self._over)
-
-    async def _ready(self, fd: int, *, writing: bool) -> None:
-        """Wait until ``fd`` can be read or written."""
-        waiter = self._loop.create_future()
-
-        def fire() -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
-        add = self._loop.add_writer if writing else self._loop.add_reader
-        remove = self._loop.remove_writer if writing else self._loop.remove_reader
-        add(fd, fire)
-        try:
-            await waiter
-        finally:
-            remove(fd)
-
-    def _finish(self, status: int | None, error: Exception | None = None) -> None:
-        if self._over.done():
-            return
-        if error is not None:
-            self._over.set_exception(error)
-            # Whoever does not ask need not hear of it.
-            self._over.exception()
-        else:
-            assert status is not None
-            self._over.set_result(status)
-
-    def close(self) -> None:
-        """End the call at once, whatever its state. Harmless when repeated."""
-        self._close()
-        for fd in (self._to_service, self._from_service):
-            if fd >= 0:
-                self._loop.remove_reader(fd)
-                self._loop.remove_writer(fd)
-                os.close(fd)
-        self._to_service = self._from_service = -1
-        self._finish(None, CallLost(f"{self._name}: given up", 255))
-
-    def _take_pipes(self) -> tuple[int, int]:
-        """Make the two pipes; return the ends for the engine: (its input, its output)."""
-        for_engine_read, self._to_service = os.pipe()
-        try:
-            self._from_service, for_engine_write = os.pipe()
-        except OSError:
-            os.close(for_engine_read)
-            raise
-        os.set_blocking(self._to_service, False)
-        os.set_blocking(self._from_service, False)
-        return for_engine_read, for_engine_write
-
-    def _note_errors(self, data: memoryview) -> None:
-        self._errors += data
-        if len(self._errors) > MAX_ERRORS:
-            del self._errors[: len(self._errors) - MAX_ERRORS]
-
-
-class _DomainCall(Call):
-    """A call made inside a domain: the agent is asked, the engine runs in this process."""
-
-    def __init__(
-        self, name: str, service: str, target: str, source: str, agent_socket: str
-    ) -> None:
-        """Take what to ask for, and where."""
-        super().__init__(name)
-        self._service = service
-        self._target = target
-        self._source = source
-        self._agent_socket = agent_socket
-
-    async def open(self) -> None:
-        """Ask and join. Raises CallRefused."""
-        opened: asyncio.Future[tuple[int, int]] = self._loop.create_future()
-
-        def fail(error: Exception) -> None:
-            if not opened.done():
-                opened.set_exception(error)
-
-        def join(read_fd: int, write_fd: int) -> None:
-            if opened.done():
-                os.close(read_fd)
-                if write_fd != read_fd:
-                    os.close(write_fd)
-            else:
-                opened.set_result((read_fd, write_fd))
-
-        request = CallRequest(
-            self._loop,
-            os.fsencode(self._target),
-            os.fsencode(self._service),
-            source=os.fsencode(self._source),
-            agent_socket=self._agent_socket,
-            on_open=join,
-            on_refused=lambda: fail(CallRefused(f"{self._name}: refused", EXIT_REFUSED)),
-            on_error=lambda text: fail(CallRefused(f"{self._name}: {text}", 1)),
-        )
-        self._close = request.close
-        try:
-            read_fd, write_fd = await opened
-        except BaseException:
-            request.cancel()
-            raise
-        engine_out, engine_in = self._take_pipes()
-        channel = DataChannel(
-            self._loop,
-            read_fd,
-            write_fd,
-            caller=True,
-            in_fd=engine_in,
-            out_fd=engine_out,
-            on_done=lambda status: self._done(channel, request, status),
-            on_fatal=lambda text: self._broken(request, text),
-            on_stderr=self._note_errors,
-        )
-
-        def give_up() -> None:
-            channel.close()
-            request.close()
-
-        self._close = give_up
-        channel.start()
-
-    def _done(self, channel: DataChannel, request: CallRequest, status: int) -> None:
-        request.close()
-        if channel.lost and status == 255:
-            self._finish(None, CallLost(f"{self._name}: the other side went away", 255))
-        else:
-            self._finish(status)
-
-    def _broken(self, request: CallRequest, reason: str) -> None:
-        request.close()
-        self._finish(None, RemoteError(f"{self._name}: {reason}"))
-
-
-class _Dom0Call(Call):
-    """A call made in dom0, by the program qrexec-client."""
-
-    def __init__(self, name: str, service: str, target: str, directory: str | None) -> None:
-        """Take what to call, and where the daemons' sockets are if not in the usual place."""
-        super().__init__(name)
-        self._service = service
-        self._target = target
-        self._directory = directory
-
-    async def open(self) -> None:
-        """Start the program. Raises CallRefused."""
-        words = [runtime.launcher("qrexec-client"), "-d", self._target]
-        if self._directory is not None:
-            words.append(f"--socket-dir={self._directory}")
-        words.append(f"DEFAULT:QUBESRPC {self._service} dom0")
-        engine_out, engine_in = self._take_pipes()
-        error_read, error_write = os.pipe()
-        argv = [os.fsencode(word) for word in words]
-        try:
-            pid = spawn(argv, os.environb, engine_out, engine_in, error_write)
-        except ServiceError as error:
-            os.close(error_read)
-            raise CallRefused(f"{self._name}: {error}", error.code) from error
-        finally:
-            for fd in (engine_out, engine_in, error_write):
-                os.close(fd)
-        os.set_blocking(error_read, False)
-        pidfd = os.pidfd_open(pid)
-        self._loop.add_reader(error_read, self._errors_readable, error_read)
-        self._loop.add_reader(pidfd, self._ended, pid, pidfd, error_read)
-        self._close = lambda: self._kill(pid, pidfd, error_read)
-
-    def _errors_readable(self, fd: int) -> None:
-        try:
-            data = os.read(fd, CHUNK)
-        except BlockingIOError:
-            return
-        self._note_errors(memoryview(data))
-        if not data:
-            self._loop.remove_reader(fd)
-
-    def _kill(self, pid: int, pidfd: int, error_read: int) -> None:
-        if not self._over.done():
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            # It ends at once, and nobody may come this way again to reap it.
-            self._ended(pid, pidfd, error_read)
-
-    def _ended(self, pid: int, pidfd: int, error_read: int) -> None:
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        self._errors_readable(error_read)
-        self._loop.remove_reader(error_read)
-        os.close(error_read)
-        if status < 0:
-            self._finish(None, CallLost(f"{self._name}: qrexec-client was killed", 255))
-        else:
-            self._finish(status)
 
 
 @asynccontextmanager
@@ -367,11 +69,11 @@ async def open_call(
         raise LocalError(f"not a service: {text!r}")
     name = f"{text} of {target}"
     path = agent_socket or os.environ.get(AGENT_VARIABLE) or AGENT_SOCKET
-    call: _DomainCall | _Dom0Call
+    call: DomainCall | Dom0Call
     if daemon_directory is None and (agent_socket is not None or os.path.exists(path)):
-        call = _DomainCall(name, text, target, source, path)
+        call = DomainCall(name, text, target, source, path)
     else:
-        call = _Dom0Call(name, text, target, daemon_directory)
+        call = Dom0Call(name, text, target, daemon_directory)
     try:
         await call.open()
         yield call

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sluice.agent.calls import plan
 from sluice.agent.connect_tcp import parse_binding
 from sluice.agent.forwarding import fork_server_path
 from sluice.agent.link import AgentLink, Connect, Execute, Opened, Refuse
 from sluice.agent.log import LineSink, Log, LoggerSink
 from sluice.agent.options import UsageError, parse_options
+from sluice.agent.planning import plan
 from sluice.agent.processes import exit_status, parents
 from sluice.errors import RemoteError
 from sluice.flow.reactor import Reactor

@@ -13,19 +13,25 @@ docs/spec/wire-protocol.md 7 and 20.
 
 from __future__ import annotations
 
-import _socket
 import os
-import stat
 import sys
 
-from sluice.agent.calls import ServiceCall, Surroundings, plan
+from sluice.agent.calls import ServiceCall, Surroundings
 from sluice.agent.control import Control
 from sluice.agent.forwarding import ForkServerCall, fork_server_path
 from sluice.agent.link import Connect, Execute, Opened, Refuse
 from sluice.agent.local import LocalClient, TriggerSocket
 from sluice.agent.log import Log, has_system_log
 from sluice.agent.options import UsageError, parse_options
+from sluice.agent.planning import plan
 from sluice.agent.processes import ProcessTable
+from sluice.agent.startup import (
+    end_session,
+    keep_descriptors_private,
+    notify_ready,
+    poke_meminfo,
+    spare_stderr,
+)
 from sluice.agent.syslog import SyslogSocket
 from sluice.agent.users import choose_users
 from sluice.agent.waiting import SessionWaiter
@@ -40,13 +46,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sluice.agent.calls import Plan
+    from sluice.agent.planning import Plan
     from sluice.flow.reactor import Loop
 
 AGENT_SOCKET = "/var/run/qubes/qrexec-agent"
 FORK_SERVER_SOCKET = "/var/run/qubes/qrexec-server.%s.sock"
 CONTROL_VARIABLE = "SLUICE_CONTROL_FD"
-MEMINFO_PID_FILE = "/var/run/meminfo-writer.pid"
 
 USAGE = """\
 usage: qrexec-agent [options]
@@ -216,17 +221,9 @@ class Agent:
             self._unreported.append((domain, port))
 
     def _poke_meminfo(self) -> None:
-        """Tell meminfo-writer, where there is one, that the domain is up (7.4)."""
-        if self._poked or self.sandbox:
-            return
-        self._poked = True
-        try:
-            with open(MEMINFO_PID_FILE, "rb") as file:
-                pid = int(file.read(16))
-            if 2 <= pid <= 65535:
-                os.kill(pid, 10)
-        except (OSError, ValueError):
-            pass
+        if not self._poked and not self.sandbox:
+            self._poked = True
+            poke_meminfo()
 
     # --- requests of local programs ------------------------------------------------------------
 
@@ -322,51 +319,6 @@ class Agent:
                 end_session(pid)
         if callable(self._on_exit):
             self._on_exit(status)
-
-
-def end_session(pid: int) -> None:
-    """Kill the process group that ``pid`` leads: with the domain its processes end."""
-    try:  # noqa: SIM105
-        os.killpg(pid, 9)
-    except OSError:
-        pass
-
-
-def notify_ready() -> None:
-    """Tell systemd that we are up, where NOTIFY_SOCKET asks for it (7.2 step 4)."""
-    path = os.environ.pop("NOTIFY_SOCKET", "")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    notifier = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
-    try:
-        notifier.sendto(b"READY=1", address)
-    except OSError:
-        pass
-    finally:
-        notifier.close()
-
-
-def keep_descriptors_private() -> None:
-    """Have 0, 1 and 2 open, and every other inherited descriptor closed at exec."""
-    while True:
-        fd = os.open("/dev/null", os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            break
-        os.set_inheritable(fd, True)
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2:
-            try:  # noqa: SIM105
-                os.set_inheritable(int(name), False)
-            except OSError:
-                pass
-
-
-def spare_stderr() -> None:
-    """Have writes to a stderr that nobody reads fail instead of waiting: a log must stop nobody."""
-    if stat.S_ISFIFO(os.fstat(2).st_mode):
-        os.set_blocking(2, False)
 
 
 def main(arguments: list[str]) -> int:

@@ -17,8 +17,7 @@ import os
 from sluice.agent.log import LineSink, LoggerSink
 from sluice.errors import LocalError
 from sluice.flow.channel import DataChannel
-from sluice.service.command import Command, ServiceError, parse_command
-from sluice.service.configuration import ServiceConfiguration, load_configuration
+from sluice.service.command import Command, ServiceError
 from sluice.service.lookup import EXECUTABLE, Found, find_service
 from sluice.service.start import (
     Started,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, Protocol
 
+    from sluice.agent.planning import Plan
     from sluice.agent.processes import ProcessTable
     from sluice.flow.reactor import Loop
     from sluice.service.start import Start
@@ -90,40 +90,6 @@ class Surroundings:
             except OSError as error:
                 self.log(f"no log for {escape(tag)}: {error.strerror}")
         return LineSink(self.loop, tag)
-
-
-class Plan:
-    """What a request asks for, and how: a command with its configuration, or the reason why not.
-
-    ``user`` is the effective one, after ``force-user``.
-    """
-
-    __slots__ = ("command", "configuration", "error", "user")
-
-    def __init__(self) -> None:
-        """Begin with nothing; see ``plan``."""
-        self.command: Command | None = None
-        self.configuration = ServiceConfiguration()
-        self.error: ServiceError | None = None
-        self.user = b""
-
-
-def plan(text: bytes, log: Callable[[str], None], *, with_user: bool, configured: bool) -> Plan:
-    """Parse a command line and read its configuration; errors are kept in the plan (7.4.1).
-
-    ``configured`` is False for the fork server, which leaves configuration to the agent.
-    """
-    result = Plan()
-    try:
-        command = result.command = parse_command(text, with_user=with_user)
-        result.user = command.user
-        if configured and command.is_service:
-            result.configuration = load_configuration(command, warn=log)
-            if result.configuration.force_user is not None:
-                result.user = result.configuration.force_user
-    except ServiceError as error:
-        result.error = error
-    return result
 
 
 class ServiceCall:

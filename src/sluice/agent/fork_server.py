@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import sys
 
-from sluice.agent.calls import ServiceCall, Surroundings, plan
+from sluice.agent.calls import ServiceCall, Surroundings
 from sluice.agent.local import REQUEST_TIMEOUT, listen_on
 from sluice.agent.log import Log, has_system_log
+from sluice.agent.planning import plan
 from sluice.agent.processes import ProcessTable
+from sluice.agent.startup import keep_descriptors_private
 from sluice.errors import LocalError
 from sluice.flow.reactor import Reactor
 from sluice.vchan.passed import close_all, recv_with_fds
@@ -170,8 +172,6 @@ class ForkServer:
 
 def main(arguments: list[str]) -> int:
     """Listen, go into the background, serve; returns the exit status of whoever returns."""
-    from sluice.agent.agent import keep_descriptors_private
-
     if len(arguments) > 1:
         sys.stderr.write(USAGE)
         return 1

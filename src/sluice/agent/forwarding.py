@@ -19,8 +19,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sluice.agent.calls import Plan, ServiceCall
+    from sluice.agent.calls import ServiceCall
     from sluice.agent.link import Execute
+    from sluice.agent.planning import Plan
     from sluice.flow.reactor import Loop
 
 
