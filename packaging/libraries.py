@@ -6,6 +6,7 @@ is fetched.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -97,6 +98,31 @@ def libraries(names: list[str]) -> list[Library]:
     """Return the libraries that ``names`` (as in pyproject.toml) need, with themselves."""
     plain = [re.split(r"[<>=!~ \[;]", name)[0] for name in names]
     return [_library(metadata.distribution(name)) for name in required(plain)]
+
+
+def used() -> set[str]:
+    """Return the top-level names that some module of Sluice imports."""
+    found: set[str] = set()
+    for file in own_files():
+        if file.name.endswith(".py"):
+            for node in ast.walk(ast.parse(file.source.read_bytes())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(node.module.split(".")[0])
+    return found
+
+
+def used_libraries(names: list[str]) -> list[Library]:
+    """Return those of ``names`` that are used, with what they need."""
+    modules = used()
+    wanted = []
+    for name in names:
+        plain = re.split(r"[<>=!~ \[;]", name)[0]
+        tops = {file.name.split("/")[0] for file in _library(metadata.distribution(plain)).files}
+        if modules & {top.removesuffix(".py") for top in tops}:
+            wanted.append(name)
+    return libraries(wanted)
 
 
 def _library(found: metadata.Distribution) -> Library:
