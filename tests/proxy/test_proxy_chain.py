@@ -134,6 +134,12 @@ def test_pass_rest_is_not_asked_again_in_that_direction() -> None:
     assert len(book.filter.seen) == 1
 
 
+def test_pass_rest_is_not_told_of_the_end_either() -> None:
+    book = play(scripted(data=PASS_REST, eof=Abort("asked")))
+    book >> data(SRC2DST, b"a") << passes(b"a") >> eof(SRC2DST) << ends(SRC2DST)
+    book >> eof(DST2SRC) << aborts("asked")
+
+
 def test_pass_rest_after_replace_hands_on_only_the_replacement() -> None:
     cls = scripted(data=lambda self, d, c: (Replace(b"new"), PASS_REST))
     play(cls) >> data(SRC2DST, b"old") << passes(b"new") << mode(SRC2DST, "splice")

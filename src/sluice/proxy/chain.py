@@ -12,10 +12,10 @@ bytes from last to first; what is forwarded are slices of the very buffer that w
     open       -             -                   failed                 closed
     failed     -             -                   -                      closed
 
-In each direction a filter is *active* (asked about bytes), *resting* (said pass-rest, or does not
-inspect) or *shut* (closed the direction behind it: what arrives before it is discarded). The mode
-of a direction follows: INSPECT while somebody before the first shut filter is active, else DISCARD
-where one is shut, else SPLICE.
+In each direction a filter is *active* (asked about bytes), *resting* (does not inspect it, or said
+pass-rest, after which it is not told of the end either) or *shut* (closed the direction behind it:
+what arrives before it is discarded). The mode of a direction follows: INSPECT while somebody before
+the first shut filter is active, else DISCARD where one is shut, else SPLICE.
 
 Whatever goes wrong in a filter (an exception, a verdict that its event does not allow, more bytes
 held than declared, bytes held at the end) fails the chain: nothing that was not judged passes.
@@ -135,6 +135,7 @@ class Stage:
         "name",
         "on_drained",
         "paused",
+        "resting",
         "shut",
         "use",
         "verdicts",
@@ -149,6 +150,7 @@ class Stage:
         self.held = tuple(Held(lambda size: self._charge(chain.memory, size)) for _ in DIRECTIONS)
         inspected = use.inspected()
         self.active = [direction in inspected for direction in DIRECTIONS]
+        self.resting = [False, False]
         self.shut = [False, False]
         self.eof_seen = [False, False]
         self.eof_kept = [False, False]
@@ -377,6 +379,7 @@ class Chain:
             self._abort(stage, "said pass-rest while it held bytes", "filter-error")
             return
         stage.active[direction] = False
+        stage.resting[direction] = True
         self._update()
 
     def _finish(self, direction: Direction, at: int) -> None:
@@ -390,7 +393,7 @@ class Chain:
             if stage.shut[direction]:
                 return
             eof = getattr(stage.filter, "eof", None)
-            if eof is not None:
+            if eof is not None and not stage.resting[direction]:
                 emitted: list[Bytes] = []
                 answer = self._ask(stage, "eof", partial(eof, direction), direction)
                 for verdict in answer:

@@ -99,7 +99,7 @@ class Flow:
         # Times of the loop's clock: begun, far end called, first byte each way, ended.
         self.times: dict[str, float] = {"begun": loop.time()}
         self.streams: tuple[Stream, ...] = ()
-        self._settling = self._soon = False
+        self._settling = self._again = self._soon = False
         self._shown_ended = [False, False]
         self._shown_paused = [False, False]
         self._on_end = on_end
@@ -150,11 +150,17 @@ class Flow:
 
     def settle(self) -> None:
         """Look what the chain wants now. Called after everything that it is asked."""
-        if self._over or self._ending or self._settling:
+        if self._over or self._ending:
             return
-        self._settling = True
+        if self._settling:
+            # What a stream does here may be an event of its own: its source ended, say.
+            self._again = True
+            return
+        self._settling = self._again = True
         try:
-            self._settle()
+            while self._again and not (self._ending or self._over):
+                self._again = False
+                self._settle()
         finally:
             self._settling = False
         if not (self._over or self._ending):
@@ -164,17 +170,15 @@ class Flow:
     def _settle(self) -> None:
         if self.chain.state == OPEN and not self.streams:
             self._call_far_end()
-        # What one stream writes can end the other: go on until nothing is left to do.
-        for _ in range(4):
-            if self.chain.state == FAILED:
-                assert self.chain.failure is not None
-                self.abort(self.chain.failure)
-            for stream in self.streams:
-                if self._ending or self._over:
-                    return
-                stream.settle()
-            if self.chain.state != FAILED and not any(self.chain.out):
+        if self.chain.state == FAILED:
+            assert self.chain.failure is not None
+            self.abort(self.chain.failure)
+        for stream in self.streams:
+            if self._ending or self._over:
                 return
+            stream.settle()
+        if self.chain.state == FAILED or any(self.chain.out):
+            self._again = True
 
     def inspected(self, stream: Stream) -> None:
         """Look at the chain after it was shown bytes, as far as it concerns other things."""

@@ -87,8 +87,8 @@ DROP = _Drop()
 """``data``: the chunk is gone. It is counted."""
 
 PASS_REST = _PassRest()
-"""``data``: hand the chunk on and do not ask again in this direction. After another verdict of
-the same tuple, or from a timer, it hands on nothing itself."""
+"""``data``: hand the chunk on and do not ask again in this direction, not at its end either. After
+another verdict of the same tuple, or from a timer (for both directions), it hands on nothing."""
 
 
 class _Chunks(Verdict):
