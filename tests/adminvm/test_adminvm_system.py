@@ -150,6 +150,27 @@ def test_an_agent_that_answers_wrongly(first: bytes) -> None:
     play(scene, sandbox=PlayedSandbox(greet=None))
 
 
+@pytest.mark.alone
+def test_the_end_does_not_wait_for_domains_that_start() -> None:
+    async def main() -> None:
+        with short_directory() as directory:
+            sandbox = PlayedSandbox(greet=None)
+            async with adminvm(directory, ABC, sandbox, PlayedJudge()) as system:
+                starting = asyncio.ensure_future(system.start_domain("a"))
+                await sandbox.started.wait()
+                assert system.state("a") == "Transient"
+                began = time.monotonic()
+                await system.stop()
+                assert time.monotonic() - began < 2
+                with pytest.raises(LocalError):
+                    await starting
+                assert sandbox.runs["a"].cleaned
+                with pytest.raises(LocalError, match="stops"):
+                    await system.start_domain("b")
+
+    asyncio.run(main())
+
+
 def test_a_sandbox_that_fails_to_start() -> None:
     class Failing(PlayedSandbox):
         async def start(self, domain: DomainConfig, control: socket.socket) -> PlayedRun:
@@ -725,6 +746,30 @@ def test_a_local_client_that_says_nothing_is_dropped(monkeypatch: pytest.MonkeyP
             writer.write(data)
             assert await asyncio.wait_for(reader.read(), 5) == hello(3)
             writer.close()
+
+    play(scene)
+
+
+def test_a_local_client_that_was_not_listened_to_is_not_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sluice.adminvm.local.PATIENCE", 0.05)
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        run = world.system.run_of("a")
+        assert run is not None
+        assert run.endpoint.local is not None
+        path = str(world.system.paths.daemon_dir / "qrexec.a")
+        reader, writer = await asyncio.open_unix_connection(path)
+        assert await reader.readexactly(12) == hello(3)
+        run.endpoint.local.pause()
+        writer.write(hello(3) + message(EXEC_CMDLINE, exec_body(0, 0, b"u:x\0")))
+        await asyncio.sleep(0.2)
+        run.endpoint.local.resume()
+        assert (await a.receive())[0] == EXEC_CMDLINE
+        assert len(await reader.readexactly(16)) == 16
+        writer.close()
 
     play(scene)
 

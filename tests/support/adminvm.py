@@ -147,7 +147,7 @@ class Wire:
         """Wait for the end of the connection; False where bytes come instead."""
         return self._read(1) == b""
 
-    def silent(self, seconds: float = 0.15) -> bool:
+    def silent(self, seconds: float = 0.1) -> bool:
         """Tell that nothing comes for a moment. For claims of the kind "and then nothing"."""
         self.sock.settimeout(seconds)
         try:

@@ -83,7 +83,11 @@ class ApiServer:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EINTR):
+                # No descriptor is left: look again in a moment instead of all the time.
+                self._loop.remove_reader(self._listener.fileno())
+                self._loop.call_later(0.1, self._accept_again)
             return
         if not _is_ours(sock) or self._open >= MAX_CONNECTIONS:
             sock.close()
@@ -92,6 +96,10 @@ class ApiServer:
         if self._tasks.spawn(self._serve(sock), "connection of the sluice command") is None:
             self._open -= 1
             sock.close()
+
+    def _accept_again(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
 
     async def _serve(self, sock: socket.socket) -> None:
         try:

@@ -26,7 +26,6 @@ from sluice.adminvm.dom0 import Dom0Call
 from sluice.adminvm.judge import Judge
 from sluice.adminvm.link import Request, Verdict
 from sluice.adminvm.local import LocalSession
-from sluice.adminvm.logs import Log
 from sluice.adminvm.run import DomainRun
 from sluice.adminvm.session import LocalRequest
 from sluice.errors import RemoteError, SluiceError
@@ -72,7 +71,6 @@ class Dispatcher:
         domains: Domains,
         judge: Judge,
         audit: AuditLog,
-        log: Log,
         service_path: str,
         config_path: str,
         environment: Mapping[bytes, bytes],
@@ -86,7 +84,6 @@ class Dispatcher:
         self._domains = domains
         self._judge = judge
         self._audit = audit
-        self._log = log
         self._service_path = service_path
         self._config_path = config_path
         self._environment = environment
@@ -160,10 +157,10 @@ class Dispatcher:
             source.calls.release(channel)
             raise
         record.stage("connected")
-        await self._serve(text, ours, ends, record)
+        await self._serve(source, text, ours, ends, record)
 
     async def _serve(
-        self, text: bytes, fds: tuple[int, ...], ends: Ends, record: CallRecord
+        self, source: DomainRun, text: bytes, fds: tuple[int, ...], ends: Ends, record: CallRecord
     ) -> None:
         """Run a service of dom0 on our ends of a call's pipes, until both sides have ended."""
         target = ends.expect("target")
@@ -178,7 +175,7 @@ class Dispatcher:
             environment=self._environment,
             on_done=done,
             on_gone=lambda: self._served.discard(service),
-            log=lambda line: self._log(f"call {record.number}: {line}"),
+            log=lambda line: source.note(f"call {record.number}: {line}"),
             service_path=self._service_path,
             config_path=self._config_path,
         )

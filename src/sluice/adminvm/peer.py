@@ -59,7 +59,8 @@ def policy_request(name: str, trigger: Trigger) -> bytes:
     if trigger.source is not None:
         lines.append(f"requested_source={trigger.source}")
     lines += [f"intended_target={trigger.target}", f"service_and_arg={trigger.service}"]
-    return "".join(line + "\n" for line in [*lines, ""]).encode()
+    text = "".join(line + "\n" for line in [*lines, ""])
+    return text.encode("utf-8", "surrogateescape")
 
 
 async def ask_policy_daemon(path: str, name: str, trigger: Trigger) -> Decision:

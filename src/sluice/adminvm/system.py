@@ -29,6 +29,7 @@ from sluice.adminvm.dispatch import ROOM_PATIENCE, Dispatcher, OpenCall
 from sluice.adminvm.judge import Judge, PolicyJudge
 from sluice.adminvm.link import Request
 from sluice.adminvm.local import LocalSession
+from sluice.adminvm.logs import FoldedLog
 from sluice.adminvm.memory import Completed, run_to_end
 from sluice.adminvm.rotated import RotatedFile
 from sluice.adminvm.run import GRACE, DomainRun
@@ -66,7 +67,7 @@ class AdminVM:
         self.sandboxes = sandboxes
         self.paths = paths
         self._judge: Judge = (
-            PolicyJudge(policy, registry, self.log) if isinstance(policy, PolicyStore) else policy
+            PolicyJudge(policy, registry, self.warn) if isinstance(policy, PolicyStore) else policy
         )
         self._max_calls = max_calls
         self._runs: dict[str, DomainRun] = {}
@@ -79,6 +80,7 @@ class AdminVM:
         self._api: ApiServer | None = None
         self._audit: AuditLog | None = None
         self._domain_lines: RotatedFile | None = None
+        self._folded: FoldedLog | None = None
         self.dispatcher: Dispatcher
 
     # --- start and end --------------------------------------------------------------------
@@ -91,6 +93,7 @@ class AdminVM:
         """
         loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
+        self._folded = FoldedLog(loop, self.log)
         raise_descriptor_limit(self.log)
         self.paths.create()
         self._audit = AuditLog(self.paths.audit_file, on_trouble=self.log)
@@ -102,7 +105,6 @@ class AdminVM:
             domains=self,
             judge=self._judge,
             audit=self._audit,
-            log=self.log,
             service_path=":".join(map(str, self.paths.rpc)),
             config_path=":".join(map(str, self.paths.rpc_config)),
             environment=dict(os.environb),
@@ -151,6 +153,8 @@ class AdminVM:
             run.kill("the AdminVM stops")
         if not await self._tasks.close(STOP_WITHIN - GRACE - 0.3):
             self.log("some domains did not end in time")
+        if self._folded is not None:
+            self._folded.flush()
         if self._audit is not None:
             self._audit.close()
         if self._domain_lines is not None:
@@ -161,6 +165,10 @@ class AdminVM:
         """Write a line for the operator."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{stamp} adminvm: {text}", file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Write a line that calls can cause again and again; floods of them are folded."""
+        (self._folded or self.log)(text)
 
     def log_of(self, name: str, line: str) -> None:
         """Write a line that a domain caused, escaped already; ``sluice log`` shows it too."""
