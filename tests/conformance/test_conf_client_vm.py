@@ -6,6 +6,7 @@ import array
 import os
 import pty
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -513,3 +514,11 @@ def test_the_agent_may_close_before_reading_the_request(place: Place) -> None:
     until(lambda: connection.recv(10, socket.MSG_PEEK), "the request's begin")
     connection.close()
     assert caller.end()[0] == 126
+
+
+def test_an_interrupt_ends_it_without_a_word(place: Place) -> None:
+    caller = Caller(place, "vm", "s")
+    caller.allow()
+    caller.process.send_signal(signal.SIGINT)
+    assert caller.end() == (-signal.SIGINT, b"", b"")
+    assert caller.trigger.ended()

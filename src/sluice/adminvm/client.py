@@ -21,6 +21,7 @@ import sys
 
 from sluice.adminvm.ask import DaemonConnection
 from sluice.adminvm.client_options import Exit, Settings, parse_arguments
+from sluice.agent.options import die_of_interrupt
 from sluice.errors import SluiceError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Run the program with its arguments (without its name); returns the exit status (12)."""
+    die_of_interrupt()
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

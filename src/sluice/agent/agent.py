@@ -22,7 +22,7 @@ from sluice.agent.forwarding import ForkServerCall, fork_server_path
 from sluice.agent.link import Connect, Execute, Opened, Refuse
 from sluice.agent.local import LocalClient, TriggerSocket
 from sluice.agent.log import Log, has_system_log
-from sluice.agent.options import UsageError, parse_options
+from sluice.agent.options import UsageError, die_of_interrupt, parse_options
 from sluice.agent.planning import plan
 from sluice.agent.processes import ProcessTable
 from sluice.agent.startup import (
@@ -323,6 +323,7 @@ class Agent:
 
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status (7.8)."""
+    die_of_interrupt()
     try:
         options, _ = parse_options(
             arguments,

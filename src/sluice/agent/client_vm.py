@@ -11,7 +11,7 @@ import os
 import sys
 
 from sluice.agent.caller import AGENT_SOCKET, CallRequest
-from sluice.agent.options import UsageError, parse_options
+from sluice.agent.options import UsageError, die_of_interrupt, parse_options
 from sluice.errors import LocalError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
@@ -255,6 +255,7 @@ def write_error(text: bytes) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status (11.5)."""
+    die_of_interrupt()
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)

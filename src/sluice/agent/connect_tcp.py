@@ -11,7 +11,7 @@ import os
 import sys
 
 from sluice.agent.caller import CallRequest
-from sluice.agent.options import UsageError, parse_options
+from sluice.agent.options import UsageError, die_of_interrupt, parse_options
 from sluice.errors import LocalError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
@@ -170,6 +170,7 @@ def go_into_background() -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status."""
+    die_of_interrupt()
     try:
         options, positionals = parse_options(
             arguments,

@@ -14,6 +14,7 @@ import sys
 from sluice.agent.calls import ServiceCall, Surroundings
 from sluice.agent.local import REQUEST_TIMEOUT, listen_on
 from sluice.agent.log import Log, has_system_log
+from sluice.agent.options import die_of_interrupt
 from sluice.agent.planning import plan
 from sluice.agent.processes import ProcessTable
 from sluice.agent.startup import keep_descriptors_private
@@ -172,6 +173,7 @@ class ForkServer:
 
 def main(arguments: list[str]) -> int:
     """Listen, go into the background, serve; returns the exit status of whoever returns."""
+    die_of_interrupt()
     if len(arguments) > 1:
         sys.stderr.write(USAGE)
         return 1

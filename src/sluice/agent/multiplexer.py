@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 
+from sluice.agent.options import die_of_interrupt
 from sluice.errors import LocalError
 from sluice.service.address import connect_blocking, resolve
 from sluice.service.command import Command, ServiceError, parse_command
@@ -92,6 +93,7 @@ def relay(found: Found, command: Command) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status where it is not the service's."""
+    die_of_interrupt()
     if len(arguments) not in (2, 4) or not all(arguments):
         sys.stderr.write(USAGE)
         return EXIT_FAILURE

@@ -4,6 +4,8 @@ Long options may be abbreviated as long as that is unambiguous and take their va
 as the next word; short ones may be clustered and carry their value without a blank; ``--`` ends
 them. Either options may follow positional arguments (the usual way) or parsing stops at the first
 of those (qrexec-client-vm). docs/spec/wire-protocol.md 6.1, 7.1, 11.1.
+
+Beside them, the other thing that people at a terminal expect of a program: that Ctrl-C ends it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
 
 class UsageError(Exception):
     """Options that make no sense; the text is for the person who typed them."""
+
+
+def die_of_interrupt() -> None:
+    """Let SIGINT end us as it ends any other program, instead of with a traceback of Python's.
+
+    Where it is ignored (a background job of a shell) it stays so.
+    """
+    import _signal  # type: ignore[import-not-found]  # it has no stub
+
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
 def parse_options(
