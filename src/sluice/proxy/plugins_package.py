@@ -263,7 +263,7 @@ async def write_noblock(file: Any, data: Any) -> int:
     view = memoryview(data).cast("B")
     await flush_noblock(file)
     at = 0
-    while at < len(view):
+    while at < len(view) and not file.closed:
         try:
             at += file.write(view[at : at + READ_BUF_SIZE]) or 0
         except BlockingIOError as error:
@@ -278,8 +278,8 @@ async def write_noblock(file: Any, data: Any) -> int:
 
 
 async def flush_noblock(file: Any) -> None:
-    """Wait until all that was written has left."""
-    while True:
+    """Wait until all that was written has left. A closed file has nothing to flush."""
+    while not file.closed:
         try:
             file.flush()
         except BlockingIOError:
