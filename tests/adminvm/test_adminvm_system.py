@@ -406,6 +406,35 @@ def test_an_error_of_ours_refuses_and_is_recorded() -> None:
     play(scene, judge=lambda directory: Failing())
 
 
+def test_without_descriptors_calls_are_refused_and_nothing_is_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scene(world: World) -> None:
+        from sluice.adminvm import dispatch
+
+        a = await world.start("a")
+        await world.start("b")
+        real = dispatch.make_pair
+
+        def none_left() -> Any:
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(dispatch, "make_pair", none_left)
+        await refused(world, a, b"b", "Too many open files")
+        await refused(world, a, b"dom0", "Too many open files")
+        path = str(world.system.paths.daemon_dir / "qrexec.a")
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(hello(3) + message(EXEC_CMDLINE, exec_body(0, 0, b"u:x\0")))
+        assert await reader.read() == hello(3)
+        writer.close()
+        assert "Too many open files" in (await world.recorded(3))[2]["cause"]
+        monkeypatch.setattr(dispatch, "make_pair", real)
+        a.send(trigger4(b"b", b"s", b"I"))
+        assert (await a.receive())[0] == SERVICE_CONNECT
+
+    play(scene)
+
+
 # --- policy files -------------------------------------------------------------------------------
 
 

@@ -30,6 +30,9 @@ Runs COMMAND (USER:COMMAND or DEFAULT:COMMAND) in the domain TARGET.
   -k                      kill the domain at the end
       --socket-dir=PATH   where the daemons' sockets are (default: /var/run/qubes)
       --use-stdin-socket  use stdin, a socket, in both directions
+
+Environment: VCHAN_DOMAIN, VCHAN_SOCKET_DIR, QREXEC_SERVICE_PATH, QUBES_RPC_CONFIG_PATH,
+SLUICE_QUBESD_SOCKET.
 """
 
 SHORT = {

@@ -24,6 +24,10 @@ usage: qrexec-daemon [options] DOMID NAME [DEFAULT_USER]
                               (default: /usr/bin/qrexec-policy-exec)
   -D, --direct                stay in the foreground, log to stderr
   -u, --uuid=UUID             UUID of the domain, without "uuid:"; needed
+
+Environment: QREXEC_STARTUP_TIMEOUT (seconds to wait for the agent), QREXEC_STARTUP_NOWAIT (return
+at once), VCHAN_DOMAIN, VCHAN_SOCKET_DIR, QREXEC_SERVICE_PATH, QUBES_RPC_CONFIG_PATH, and other
+places than the usual ones: SLUICE_POLICY_SOCKET, SLUICE_QUBESD_SOCKET, SLUICE_QREXEC_LOG_DIR.
 """
 
 _SHORT = {

@@ -88,7 +88,7 @@ class LocalSession:
                 self._server.serve(self, request)
                 if self._core.excess:
                     raise RemoteError("a local client sent more than one request")
-        except SluiceError as error:
+        except (SluiceError, OSError) as error:
             self._server.log(f"local client: {error}")
             self.close()
             return False

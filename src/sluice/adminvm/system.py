@@ -228,15 +228,18 @@ class AdminVM:
 
     def _begin(self, domain: DomainConfig) -> asyncio.Future[DomainRun]:
         loop = asyncio.get_running_loop()
-        run = DomainRun(
-            loop,
-            domain,
-            self.sandboxes[domain.kind],
-            self,
-            daemon_directory=str(self.paths.daemon_dir),
-            log=lambda line: self.log_of(domain.name, line),
-            limit=self._max_calls,
-        )
+        try:
+            run = DomainRun(
+                loop,
+                domain,
+                self.sandboxes[domain.kind],
+                self,
+                daemon_directory=str(self.paths.daemon_dir),
+                log=lambda line: self.log_of(domain.name, line),
+                limit=self._max_calls,
+            )
+        except OSError as error:
+            raise ResourceError(f"{domain.name}: no control channel: {error.strerror}") from error
         started: asyncio.Future[DomainRun] = loop.create_future()
         self._starting[domain.name] = started
         self._runs[domain.name] = run
