@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -491,12 +492,13 @@ def test_a_peer_that_reads_nothing_any_more_does_not_keep_an_ended_service(
     call.close()
 
 
+@pytest.mark.parametrize("hello", ["send-first", "read-first"])
 @pytest.mark.parametrize("dom0", [False, True])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_failed_start(
-    make: Callable[..., Call], each_driver: Driver, dom0: bool, when: str
+    make: Callable[..., Call], each_driver: Driver, dom0: bool, when: str, hello: str
 ) -> None:
-    call = make(late=True, on_open=lambda: None, version=None)
+    call = make(late=True, on_open=lambda: None, version=None, hello=hello)
     call.channel.start()
     if when == "before":
         call.channel.fail(127, dom0=dom0)
@@ -507,7 +509,8 @@ def test_failed_start(
     assert call.finish() == 127
     each_driver.until(lambda: call.peer.eof)
     ends = [(m.DATA_STDOUT, b""), (m.DATA_STDERR, b"")]
-    assert call.peer.messages[1:] == [
+    assert call.peer.messages == [
+        (m.HELLO, b"\4\0\0\0"),
         *(reversed(ends) if dom0 else ends),
         (m.DATA_EXIT_CODE, b"\x7f\0\0\0"),
     ]
@@ -562,6 +565,55 @@ def test_what_was_sent_arrives_before_the_end(
     assert call.peer.stream(m.DATA_STDOUT) == data
     assert call.peer.messages[-1][0] == m.DATA_EXIT_CODE
     assert call.finish() == 0
+
+
+@pytest.mark.spec("WIRE-015")
+def test_an_exit_code_that_must_wait_is_not_lost(driver: Driver) -> None:
+    """The channel is full when everything has ended but the process."""
+    call = Call(driver, caller=False, has_process=True, stderr=False)
+    call.stdout.close()
+    driver.until(lambda: call.peer.ended(m.DATA_STDOUT))
+    call.peer.deafen()
+    filler = m.encode(m.DATA_STDERR, b"")
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            assert os.write(call.channel._writing.fd, filler) == len(filler)
+    call.channel.process_exited(6)
+    driver.quiet()
+    assert not call.over
+    call.peer.listen()
+    driver.until(lambda: call.peer.eof)
+    assert call.peer.messages[-1] == (m.DATA_EXIT_CODE, b"\6\0\0\0")
+    assert call.finish() == 6
+    call.close()
+
+
+@pytest.mark.parametrize("size", [3, 65536])
+def test_a_socket_service_that_goes_without_reading(
+    make: Callable[..., Call], each_driver: Driver, size: int
+) -> None:
+    """Its unread input resets the connection, which is an end-of-file like any other."""
+    call = make(stdin="socket", stdout="same", stderr=False)
+    call.stdin.deafen()
+    call.peer.send(m.DATA_STDIN, b"never read")
+    each_driver.quiet()
+    # Large enough to be spliced, once the first piece has shown that it is.
+    call.stdin.write(bytes(size))
+    each_driver.until(lambda: len(call.peer.stream(m.DATA_STDOUT)) == size)
+    call.stdin.close()
+    assert call.finish() == 0
+    each_driver.until(lambda: call.peer.eof)
+    assert len(call.peer.stream(m.DATA_STDOUT)) == size
+    assert call.peer.messages[-2:] == [(m.DATA_STDOUT, b""), (m.DATA_EXIT_CODE, bytes(4))]
+
+
+def test_single_socket_mode_is_for_processes(
+    make: Callable[..., Call], each_driver: Driver
+) -> None:
+    call = make(stdin="socket", stdout="socket")
+    call.channel.use_single_socket()
+    call.stdout.write(b"as before")
+    each_driver.until(lambda: call.peer.stream(m.DATA_STDOUT) == b"as before")
 
 
 def test_stderr_is_shown_to_the_logger(make: Callable[..., Call], each_driver: Driver) -> None:

@@ -103,7 +103,6 @@ class DataChannel(Engine):
         self._late = max(in_fd, out_fd, err_fd) < 0
         self._early: tuple[int, int, int, bool] = (in_fd, out_fd, err_fd, has_process)
         self._failed: list[bytes] = []
-        self._single = False
 
     # --- what the owner may do ------------------------------------------------------------------
 
@@ -193,11 +192,10 @@ class DataChannel(Engine):
         Honoured once, for a process whose stdin is a socket and whose output has not ended.
         """
         stdin = self._in
-        if self._single or self._closed or not self.state.has_process or not self.state.out_open:
+        if self._closed or not self.state.has_process or not self.state.out_open:
             return
         if stdin is None or stdin is self._out or not stdin.is_socket or stdin.closed:
             return
-        self._single = True
         if self._out is not None:
             self._out.shutdown(reading=True)
             self._out.close()

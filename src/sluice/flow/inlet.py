@@ -48,7 +48,7 @@ class Inlet:
 
         What is held stays a view of the caller's buffer, which must not change before.
         """
-        if not self.open or self._eof:
+        if not self.open:
             return
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         if self._table is not None:
