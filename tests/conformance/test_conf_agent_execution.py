@@ -127,9 +127,16 @@ def test_just_exec_of_a_service_has_null_streams(place: Place) -> None:
 
 @pytest.mark.spec("WIRE-136")
 @pytest.mark.parametrize(
-    ("text", "status"), [(ME + b":QUBESRPC test.None work", 127), (b"u:QUBESRPC", 125)]
+    ("text", "status"),
+    [
+        (ME + b":QUBESRPC test.None work", 127),
+        (ME + b":QUBESRPC test.Bad work", 127),
+        (b"u:QUBESRPC", 125),
+        (b"somebody-else:true", 125),
+    ],
 )
 def test_just_exec_that_cannot_start(place: Place, text: bytes, status: int) -> None:
+    place.service("test.Bad", "#!/no/such/interpreter\n")
     assert AgentUnderTest(place).run(text, JUST) == [(EXIT, struct.pack("<i", status))]
 
 

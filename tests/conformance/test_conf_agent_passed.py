@@ -231,42 +231,41 @@ def test_a_peer_that_breaks_the_protocol_ends_its_call_once(place: Place) -> Non
     assert agent.control.silent()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a user id that nobody else has")
 @pytest.mark.spec("WIRE-248")
-def test_a_client_that_cannot_be_given_descriptors_disturbs_no_other(place: Place) -> None:
-    """The user's allowance of in-flight descriptors is used up: one call fails, others go on.
-
-    Only an ordinary user has such an allowance.
-    """
-    agent = PassedAgent(place)
-    hoard: list[socket.socket] = []
-    client = place.connect(place.agent_socket)
-    Wire(client).message(TRIGGER4, trigger_body(b"test.Add\0"))
-    message = agent.control.next()
-    assert message is not None
-    helper = subprocess.Popen(
-        as_user(["/usr/bin/python3", "-c", HOARDER]),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    place._processes.append(helper)
-    assert helper.stdout is not None
-    assert helper.stdout.readline() == b"full\n"
-    # The client and all its kind are out of luck ...
-    pipes = os.pipe()
-    agent.send(CONNECT, 43, 9, message[1][128:159], list(pipes))
-    for fd in pipes:
-        os.close(fd)
-    if os.geteuid() == 0:
+def test_a_client_that_cannot_be_given_descriptors_disturbs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The user's allowance of in-flight descriptors is used up: one call fails, others go on."""
+    user = 60000 + os.getpid() % 5000
+    ids = [f"--reuid={user}", f"--regid={user}", "--clear-groups", "--"]
+    monkeypatch.setattr("tests.support.agent.give", lambda path: os.chown(path, user, user))
+    monkeypatch.setattr(f"{__name__}.as_user", lambda words: ["setpriv", *ids, *words])
+    with a_place() as place:
+        agent = PassedAgent(place)
+        client = place.connect(place.agent_socket)
+        Wire(client).message(TRIGGER4, trigger_body(b"test.Add\0"))
+        message = agent.control.next()
+        assert message is not None
+        helper = subprocess.Popen(
+            as_user(["/usr/bin/python3", "-c", HOARDER]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        place._processes.append(helper)
+        assert helper.stdout is not None
+        assert helper.stdout.readline() == b"full\n"
+        # This client is out of luck ...
+        pipes = os.pipe()
+        agent.send(CONNECT, 43, 9, message[1][128:159], list(pipes))
+        for fd in pipes:
+            os.close(fd)
         agent.terminated(9)
         assert client.recv(8) == b""
-    # ... while calls into the domain go on: the AdminVM sends their descriptors, not the domain.
-    if os.geteuid() == 0:
-        messages = agent.call(ME + b":echo fine", 10).rest()
+        # ... while calls into the domain go on: the AdminVM sends their descriptors, not we.
+        messages = agent.call(b"%d:echo fine" % user, 10).rest()
         assert streams(messages, STDOUT) == b"fine\n"
         agent.terminated(10)
-    helper.kill()
-    helper.wait(DEADLINE)
-    assert not hoard
 
 
 HOARDER = """
