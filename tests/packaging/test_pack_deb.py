@@ -67,15 +67,24 @@ def test_it_is_installed_used_and_removed_without_trace(package: Path, debian: B
     )  # fmt: skip
     assert completion.stdout == b"proxy\n", completion.stderr
 
+    # A second time, as an upgrade does it; and the administrator enables what he wants.
+    debian.check("dpkg", "-i", "/tmp/package.deb")
+    debian.check("systemctl", "enable", "sluice.service")
+    enabled = debian.root / "etc/systemd/system/multi-user.target.wants/sluice.service"
+    assert enabled.is_symlink()
+
     # What an administrator changed stays when the package is removed, and goes when it is purged.
     with (debian.root / "etc/sluice/proxy.toml").open("a") as stream:
         stream.write("# changed\n")
     debian.check("dpkg", "--remove", "sluice-proxy")
+    assert not enabled.is_symlink()
     left = debian.contents() - before
     assert not [name for name in left if name.startswith(("usr", "lib", "etc/qubes-rpc"))]
     assert "etc/sluice/proxy.toml" in left
     debian.check("dpkg", "--purge", "sluice-proxy")
-    assert debian.contents() - before == set()
+    # systemd keeps the empty directories in which it puts links.
+    left = {name for name in debian.contents() - before if not name.startswith("etc/systemd")}
+    assert left == set()
 
 
 def test_everything_in_it_belongs_to_root_and_is_writable_by_root_only(package: Path) -> None:
