@@ -36,9 +36,12 @@ class Audit:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Raises OSError where it cannot be kept."""
-        if self.path is None:
-            return
-        line = encode(record)
+        if self.path is not None:
+            self.append(encode(record))
+
+    def append(self, line: bytes) -> None:
+        """Append a line that ``encode`` made. Raises OSError where it cannot be kept."""
+        assert self.path is not None
         os.makedirs(os.path.dirname(self.path) or ".", 0o700, exist_ok=True)
         fd = self._open()
         try:

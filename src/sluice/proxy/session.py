@@ -19,6 +19,7 @@ from sluice.proxy.log import WARNING, Log
 from sluice.proxy.model import RefusedError
 from sluice.proxy.names import is_valid_source, parse_call_name
 from sluice.proxy.paths import audit_file, state_directory
+from sluice.proxy.unfinished import Unfinished
 from sluice.proxy.worker_end import WorkerEnd, needs_process
 
 TYPE_CHECKING = False
@@ -72,6 +73,8 @@ class Session:
         self.audit = Audit(
             audit_file(settings.audit), max_bytes=settings.audit_max, keep=settings.audit_keep
         )
+        self.unfinished = Unfinished(state_directory(settings.state), self.audit)
+        self.unfinished.collect()
 
     @property
     def settings(self) -> ProxySettings:
@@ -122,9 +125,14 @@ class Session:
         log = self.log.of_call(call.ident, self.settings.log_lines)
         closed_reader = chain.on_closed_reader or self.settings.on_closed_reader
 
+        killed = Cause("killed", "the proxy itself was killed")
+        note = self.unfinished.note(call.ident, refusal(call, killed))
+
         def ended(flow: Flow) -> None:
             log.flush()
             self._record(flow)
+            if note is not None:
+                note.done()
             on_end(flow.exit_code)
 
         flow = Flow(

@@ -1,0 +1,145 @@
+"""Kills at random moments: nothing hung, nothing left over, one record for each call."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.proxy import Vm, alive, eventually, vm
+
+from sluice.proxy.audit import Audit
+from sluice.proxy.unfinished import Unfinished
+
+
+@pytest.fixture
+def qube() -> Iterator[Vm]:
+    with vm() as made:
+        made.service("mirror", "#!/bin/sh\nexec cat\n")
+        made.chain("pass", '"pass"')
+        made.chain("look", "{ use = 'byte-limit', src2dst = '1G', dst2src = '1G' }")
+        made.chain("outside", "{ use = 'program', src2dst = ['cat'], confine = false }")
+        yield made
+
+
+def one_fault(qube: Vm, seed: int) -> None:
+    """Make a call, kill a part of it at a moment that the seed tells, and see what is left."""
+    chance = random.Random(seed)
+    chain = chance.choice(["pass", "look", "outside"])
+    victim = chance.choice(["source", "target", "proxy", "program"])
+    before = len(qube.pids())
+    process = qube.start(f"{chain}+vault+mirror")
+    feeder = subprocess.Popen(
+        ["/usr/bin/head", "-c", str(chance.choice([0, 1000, 200_000, 1 << 30])), "/dev/zero"],
+        stdout=process.stdin,
+    )
+    process.stdin.close()
+    drain = subprocess.Popen(["/bin/cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
+    process.stdout.close()
+    time.sleep(chance.random() * 0.08)
+    pids = qube.pids()[before:]
+    if victim == "source":
+        feeder.kill()
+        drain.kill()
+    elif victim == "proxy":
+        process.kill()
+    elif victim == "target" and pids:
+        kill(pids[0])
+    else:
+        for pid in children(process.pid):
+            if pid not in pids:
+                kill(pid)
+    try:
+        # A call that nothing happened to ends when all is moved; one with a GiB is cut short.
+        process.wait(4)
+    except subprocess.TimeoutExpired:
+        assert victim in ("target", "program"), f"seed {seed}: hung after the {victim} was killed"
+        process.terminate()
+        process.wait(4)
+    for helper in (feeder, drain):
+        helper.kill()
+        helper.wait()
+    eventually(lambda: not any(alive(pid) for pid in qube.pids()), 4, f"seed {seed}: left over")
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def records_of_all(qube: Vm, calls: int) -> None:
+    """Each call has exactly one record, those of killed proxies with the next one's start."""
+    assert qube.call("pass+vault+mirror", b"x").stdout == b"x"
+    idents = [record["id"] for record in qube.records()]
+    assert len(idents) == len(set(idents))
+    # A proxy that was killed before it knew what it was called for is no call yet.
+    assert calls * 0.5 <= len(idents) <= calls + 1
+    assert list((qube.directory / "state/calls").iterdir()) == []
+
+
+@pytest.mark.spec("PROXY-024", "PROXY-052")
+def test_kills_at_random_moments(qube: Vm) -> None:
+    for seed in range(10):
+        one_fault(qube, seed)
+    records_of_all(qube, 10)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.spec("PROXY-024", "PROXY-052")
+def test_a_thousand_kills_at_random_moments(qube: Vm) -> None:
+    for seed in range(1000):
+        one_fault(qube, seed)
+    records_of_all(qube, 1000)
+
+
+@pytest.mark.spec("PROXY-052")
+def test_a_call_whose_proxy_was_killed_has_one_record_as_soon_as_another_starts(qube: Vm) -> None:
+    process = qube.start("pass+vault+mirror+first", source="personal")
+    eventually(qube.pids)
+    assert qube.records() == []
+    assert qube.call("pass+vault+mirror", b"x").returncode == 0
+    assert [r["source"] for r in qube.records()] == ["work"]
+    process.kill()
+    process.wait()
+    for _ in range(2):
+        assert qube.call("pass+vault+mirror", b"x").returncode == 0
+    killed = [r for r in qube.records() if r["cause"] == "killed"]
+    assert [(r["source"], r["argument"], r["exit_code"]) for r in killed] == [
+        ("personal", "first", 125)
+    ]
+    assert len(qube.records()) == 4
+
+
+@pytest.mark.spec("PROXY-052")
+def test_killed_between_its_record_and_its_end_a_call_has_still_one(tmp_path: Path) -> None:
+    audit = Audit(str(tmp_path / "audit.jsonl"))
+    unfinished = Unfinished(str(tmp_path / "state"), audit)
+    note = unfinished.note("abc", {"id": "abc", "cause": "killed"})
+    assert note is not None and unfinished.collect() == 0
+    audit.write({"id": "abc", "cause": "done"})
+    os.close(note._fd)
+    assert unfinished.collect() == 0
+    assert not list((tmp_path / "state/calls").iterdir())
+    assert audit.path is not None and Path(audit.path).read_text().count("abc") == 1
+
+
+@pytest.mark.spec("PROXY-052")
+def test_without_a_place_for_the_state_calls_are_made_all_the_same(qube: Vm) -> None:
+    (qube.directory / "state").write_text("a file")
+    assert qube.call("pass+vault+mirror", b"x").stdout == b"x"
+    assert len(qube.records()) == 1
