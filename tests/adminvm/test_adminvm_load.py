@@ -274,6 +274,58 @@ def test_50_calls_at_once_with_the_policy_program(stand_alone: StandAlone) -> No
     asyncio.run(main())
 
 
+# --- with the real client program ---------------------------------------------------------------
+
+
+async def programs(
+    agent_socket: Path, target: str, count: int, environment: dict[str, str]
+) -> None:
+    """Make ``count`` calls by ``qrexec-client-vm``, eight at a time; none may hang or fail."""
+    turns = asyncio.Semaphore(8)
+
+    async def one(number: int) -> None:
+        async with turns:
+            process = await asyncio.create_subprocess_exec(
+                str(BIN / "qrexec-client-vm"),
+                f"--agent-socket={agent_socket}",
+                target,
+                "test.Echo",
+                env={"PATH": os.environ["PATH"], **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            data = b"%d" % number * 1000
+            out, err = await asyncio.wait_for(process.communicate(data), 30)
+            assert (process.returncode, out, err) == (0, data, b""), number
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.soak)])
+def test_eight_programs_at_once_over_passed(count: int) -> None:
+    async def main() -> None:
+        with short_directory() as directory:
+            async with load(directory, "d0", "d10") as it:
+                await programs(it.sandbox.socket_of("d0"), "d10", count, {})
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.soak)])
+def test_eight_programs_at_once_over_socketdir(stand_alone: StandAlone, count: int) -> None:
+    async def main() -> None:
+        server = await policy_daemon(stand_alone.directory / "policy.sock")
+        async with server:
+            environment = {
+                "VCHAN_DOMAIN": "42",
+                "VCHAN_SOCKET_DIR": str(stand_alone.directory / "v"),
+            }
+            await programs(stand_alone.directory / "src" / "agent", "dst", count, environment)
+
+    asyncio.run(main())
+
+
 # --- for a long time ------------------------------------------------------------------------------
 
 

@@ -290,6 +290,8 @@ class AdminVM:
 
     async def reach(self, name_or_uuid: str, autostart: bool) -> DomainRun:
         """Return the running domain a call goes to, started if policy allows that (6.9.6)."""
+        if name_or_uuid.startswith("@dispvm"):
+            raise Refused("disposables are not served here")
         domain = self.registry.get(name_or_uuid)
         if domain is None:
             raise Refused("the target does not exist")
