@@ -20,8 +20,8 @@ import os
 import sys
 
 from sluice.adminvm.ask import DaemonConnection
-from sluice.adminvm.client_options import Exit, Settings, parse_arguments
-from sluice.agent.options import die_of_interrupt
+from sluice.adminvm.client_options import Settings, parse_arguments
+from sluice.agent.options import Exit, die_of_interrupt, has_standard_descriptors
 from sluice.errors import SluiceError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
@@ -39,11 +39,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Run the program with its arguments (without its name); returns the exit status (12)."""
     die_of_interrupt()
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            return wire.EXIT_FAILURE
+    if not has_standard_descriptors():
+        return wire.EXIT_FAILURE
     try:
         settings = parse_arguments(arguments)
         if settings.completes:

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 
-from sluice.agent.options import UsageError, parse_options
+from sluice.agent.options import Exit, UsageError, parse_options
 from sluice.wire.messages import EXIT_LOCAL_FAILURE, EXIT_USAGE, MAX_IDENT
 from sluice.wire.names import DOM0_NAMES
 
@@ -56,15 +56,6 @@ LONG = {
     "socket-dir": ("socket-dir", True),
     "use-stdin-socket": ("stdin-socket", False),
 }
-
-
-class Exit(Exception):
-    """Ends the program with a status, after a message on stderr (maybe empty)."""
-
-    def __init__(self, status: int, message: str = "") -> None:
-        """Take both."""
-        super().__init__(message)
-        self.status = status
 
 
 class Settings:

@@ -11,7 +11,13 @@ import os
 import sys
 
 from sluice.agent.caller import AGENT_SOCKET, CallRequest
-from sluice.agent.options import UsageError, die_of_interrupt, parse_options
+from sluice.agent.options import (
+    Exit,
+    UsageError,
+    die_of_interrupt,
+    has_standard_descriptors,
+    parse_options,
+)
 from sluice.errors import LocalError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
@@ -65,15 +71,6 @@ LONG = {
     "source-qube": ("source", True),
     "use-stdin-socket": ("stdin-socket", False),
 }
-
-
-class Exit(Exception):
-    """Ends the program with a status, after a message on stderr (maybe empty)."""
-
-    def __init__(self, status: int, message: str = "") -> None:
-        """Take both."""
-        super().__init__(message)
-        self.status = status
 
 
 class Settings:
@@ -256,11 +253,8 @@ def write_error(text: bytes) -> None:
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status (11.5)."""
     die_of_interrupt()
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            return EXIT_FAILURE
+    if not has_standard_descriptors():
+        return EXIT_FAILURE
     try:
         settings = parse_arguments(arguments)
     except Exit as ending:

@@ -5,10 +5,12 @@ as the next word; short ones may be clustered and carry their value without a bl
 them. Either options may follow positional arguments (the usual way) or parsing stops at the first
 of those (qrexec-client-vm). docs/spec/wire-protocol.md 6.1, 7.1, 11.1.
 
-Beside them, the other thing that people at a terminal expect of a program: that Ctrl-C ends it.
+Beside them, what else programs at a terminal have in common: how they end.
 """
 
 from __future__ import annotations
+
+import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
 
 class UsageError(Exception):
     """Options that make no sense; the text is for the person who typed them."""
+
+
+class Exit(Exception):
+    """Ends the program with a status, after a message on stderr (maybe empty)."""
+
+    def __init__(self, status: int, message: str = "") -> None:
+        """Take both."""
+        super().__init__(message)
+        self.status = status
+
+
+def has_standard_descriptors() -> bool:
+    """Tell whether 0, 1 and 2 are open; without one of them files would be taken for streams."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            return False
+    return True
 
 
 def die_of_interrupt() -> None:
