@@ -521,7 +521,10 @@ def test_reaches_are_true(policy: Policy, info: SystemInfo) -> None:
     """Each way that is listed is a request that ends there."""
     world = World(info, [policy])
     for way in reaches(world, policy):
-        request = Request(*way.call.sample, way.source, way.asked)
-        resolution = policy.evaluate(request, world.info)
-        assert resolution.rule is way.rule
-        assert way.target in [end[0] for end in _ends(resolution, world.info)]
+        assert way.asked
+        for asked in way.asked:
+            request = Request(*way.call.sample, way.source, asked)
+            resolution = policy.evaluate(request, world.info)
+            assert resolution.rule is way.rule
+            ends = [(end[0], end[1], end[2] or None) for end in _ends(resolution, world.info)]
+            assert (way.target, way.relay, way.service) in ends

@@ -70,13 +70,18 @@ def _to_json(step: Step) -> dict[str, Any]:
         "domain": step.domain,
         "depth": step.depth,
         "path": [
-            {"source": way.source, "call": str(way.call), "asked": way.asked, "target": way.target}
+            {
+                "source": way.source,
+                "call": str(way.call),
+                "asked": list(way.asked),
+                "target": way.target,
+            }
             for way in step.path
         ],
         "calls": [
             {
                 "call": str(way.call),
-                "asked": way.asked,
+                "asked": list(way.asked),
                 "decision": way.verb,
                 "rule": {"file": way.rule.file, "line": way.rule.line},
             }

@@ -44,10 +44,8 @@ def command(service: str, domain: str, show_all: bool, as_json: bool, place: Pla
 def _print(world: World, found: list[Reach], most: int | None) -> None:
     by_source: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for way in found:
-        if way.asked.removeprefix("@dispvm:").startswith("uuid:"):
-            continue  # whoever can name it by UUID can name it by name
         how = (way.verb, str(way.call), way.rule.place, _extra(way))
-        by_source.setdefault(way.source, {}).setdefault(how, []).append(_asked(way))
+        by_source.setdefault(way.source, {}).setdefault(how, []).extend(_asked(way))
     # Sources that can do the same are shown together.
     alike: dict[tuple[str, ...], list[str]] = {}
     for source in sorted(by_source, key=lambda name: (name == UNKNOWN, name)):
@@ -69,8 +67,10 @@ def _some(asked: list[str], most: int | None) -> str:
     return f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
-def _asked(way: Reach) -> str:
-    return "(no target)" if way.asked == "@default" else way.asked
+def _asked(way: Reach) -> list[str]:
+    # Whoever can name a target by UUID can name it by name, but for a domain its own.
+    named = [name for name in way.asked if "uuid:" not in name] or list(way.asked)
+    return ["(no target)" if name == "@default" else name for name in named]
 
 
 def _extra(way: Reach) -> str:
@@ -89,7 +89,7 @@ def _to_json(world: World, way: Reach) -> dict[str, Any]:
         "source": way.source,
         "known": way.source not in world.unknown,
         "call": str(way.call),
-        "asked": way.asked,
+        "asked": list(way.asked),
         "decision": way.verb,
         "target": way.target,
         "relay": way.relay,

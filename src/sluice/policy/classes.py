@@ -26,13 +26,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from sluice.policy.evaluation import Policy
+from sluice.policy.evaluation import Policy, offer_facets, offered_targets
+from sluice.policy.index import offered_parts
 from sluice.policy.request import Call, normalise
 from sluice.policy.resolution import Allow, Ask, Deny
-from sluice.policy.rules import Request, Rule
+from sluice.policy.rules import Request, Rule, Verb
 from sluice.policy.system_info import Domain, SystemInfo, is_dom0
 from sluice.policy.tokens import (
     ADMINVM,
+    ANYVM,
     DEFAULT,
     DISPVM,
     DISPVM_PREFIX,
@@ -104,6 +106,10 @@ class World:
         self._target_facets = [
             frozenset(self.info.target_facets(target.text, target.base)) for target in self.targets
         ]
+        self._elements = list(self._offered_elements())
+        self._element_facets = [frozenset(facets) for _, facets in self._elements]
+        self._element_masks: dict[tuple[str, ...], int] = {}
+        self._offers: tuple[object, CallClass, list[Region]] | None = None
         self._source_masks: dict[tuple[str, ...], int] = {}
         self._target_masks: dict[tuple[str, ...], int] = {}
         self._start = self._first_cells()
@@ -157,30 +163,54 @@ class World:
 
     def regions(self, policy: Policy, call: CallClass) -> list[Region]:
         """Partition all requests of a class of calls by the rule that decides them."""
-        found: list[Region] = []
-        cells = self._start
-        for rule in policy.index.matching_call(*call.sample):
-            sources = self.source_mask(rule.source.parts)
-            targets = self.target_mask(rule.target.parts)
-            if not sources or not targets:
-                continue
-            rest = []
-            for cell in cells:
-                common = cell[0] & sources
-                hit = cell[1] & targets
-                if not common or not hit:
-                    rest.append(cell)
-                    continue
-                found.append(Region(rule, common, hit))
-                if cell[0] != common:
-                    rest.append((cell[0] & ~common, cell[1]))
-                if cell[1] != hit:
-                    rest.append((common, cell[1] & ~hit))
-            cells = rest
-            if not cells:
-                break
-        found += [Region(None, sources, targets) for sources, targets in cells]
-        return found
+        rules = [
+            (rule, self.source_mask(rule.source.parts), self.target_mask(rule.target.parts))
+            for rule in policy.index.matching_call(*call.sample)
+        ]
+        return _partition(rules, self._start)
+
+    def candidates(self, policy: Policy, call: CallClass, source: str) -> list[str]:
+        """Return what an ``ask`` without ``target=`` offers a source: ``Policy.candidates``.
+
+        What a question offers is a partition like any other, of what can be offered instead of
+        what can be asked for; a redirecting rule stands under its redirect (section 12).
+        """
+        domain = self.info.get(source)
+        if domain is None:
+            return []
+        if self._offers is None or self._offers[0] is not policy or self._offers[1] != call:
+            rules = [
+                (
+                    rule,
+                    self.source_mask(rule.source.parts),
+                    _mask(
+                        offered_parts(rule.target, rule.action),
+                        self._element_facets,
+                        self._element_masks,
+                    ),
+                )
+                for rule in policy.index.matching_call(*call.sample)
+            ]
+            everything = [((1 << len(self.sources)) - 1, (1 << len(self._elements)) - 1)]
+            self._offers = (policy, call, _partition(rules, everything))
+        bit = 1 << self.sources.index(source)
+        offered = 0
+        for rule, sources, elements in self._offers[2]:
+            if rule is not None and sources & bit and rule.action.verb is not Verb.DENY:
+                offered |= elements
+        chosen = {self._elements[number][0] for number in bits(offered)} - {source}
+        return offered_targets(chosen, domain, self.info)
+
+    def _offered_elements(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield what section 12 collects, with the words that cover it."""
+        for domain in self.info:
+            if not domain.internal:
+                yield domain.name, offer_facets(domain)
+                if domain.template_for_dispvms:
+                    facets = (WILDCARD, ANYVM, *domain.base_facets)
+                    yield DISPVM_PREFIX + domain.name, facets
+        yield DISPVM, (WILDCARD, ANYVM, DISPVM)
+        yield ADMINVM, (ADMINVM,)
 
     def sources_in(self, mask: int) -> list[str]:
         """Return the sources whose bits are set."""
@@ -200,7 +230,10 @@ class World:
         self, policy: Policy, rule: Rule | None, call: CallClass, source: str, target: str
     ) -> Allow | Ask | Deny:
         """Return the answer for a member of a region that ``rule`` decides."""
-        return policy.answer(self.call(call, source, target), rule, self.info)
+        candidates = None
+        if rule is not None and rule.action.verb is Verb.ASK and rule.action.target is None:
+            candidates = self.candidates(policy, call, source)
+        return policy.answer(self.call(call, source, target), rule, self.info, candidates)
 
     def label(self, source: str) -> str:
         """Return how a source is shown: a name that nobody knows is marked as such."""
@@ -233,6 +266,32 @@ def bits(mask: int) -> Iterator[int]:
         low = mask & -mask
         yield low.bit_length() - 1
         mask ^= low
+
+
+def _partition(
+    rules: Iterable[tuple[Rule, int, int]], cells: list[tuple[int, int]]
+) -> list[Region]:
+    """Give each rule, in order, what of its rectangle no rule before it took."""
+    found: list[Region] = []
+    for rule, sources, targets in rules:
+        if not sources or not targets:
+            continue
+        rest = []
+        for cell in cells:
+            common = cell[0] & sources
+            hit = cell[1] & targets
+            if not common or not hit:
+                rest.append(cell)
+                continue
+            found.append(Region(rule, common, hit))
+            if cell[0] != common:
+                rest.append((cell[0] & ~common, cell[1]))
+            if cell[1] != hit:
+                rest.append((common, cell[1] & ~hit))
+        cells = rest
+        if not cells:
+            break
+    return found + [Region(None, sources, targets) for sources, targets in cells]
 
 
 def _mask(

@@ -48,24 +48,35 @@ class Policy:
         )
         return None if position == NOWHERE else self.rules[position]
 
-    def answer(self, call: Call, rule: Rule | None, info: SystemInfo) -> Allow | Ask | Deny:
-        """Carry out the action of the rule that decides ``call``, None for none (section 11)."""
+    def answer(
+        self,
+        call: Call,
+        rule: Rule | None,
+        info: SystemInfo,
+        candidates: list[str] | None = None,
+    ) -> Allow | Ask | Deny:
+        """Carry out the action of the rule that decides ``call``, None for none (section 11).
+
+        ``candidates`` is what ``self.candidates`` gives for the call, where that is known already.
+        """
         if rule is None:
             return _deny(call, None, Cause.NO_MATCH, "no matching rule found")
         verb = rule.action.verb
         if verb is Verb.ALLOW:
             return _allow(call, rule, info)
         if verb is Verb.ASK:
-            return self._ask(call, rule, info)
+            return self._ask(call, rule, info, candidates)
         return _deny(
             call, rule, Cause.POLICY_DENY, f"denied by {rule.place}", notify=rule.action.notify
         )
 
-    def _ask(self, call: Call, rule: Rule, info: SystemInfo) -> Ask | Deny:
+    def _ask(
+        self, call: Call, rule: Rule, info: SystemInfo, candidates: list[str] | None
+    ) -> Ask | Deny:
         action = rule.action
         if action.target is not None:
             candidates = _explicit_candidate(action.target, call.base, info)
-        else:
+        elif candidates is None:
             candidates = self.candidates(call, info)
         if not action.autostart:
             candidates = [target for target in candidates if startable_free(target, info)]
@@ -113,24 +124,38 @@ class Policy:
         for domain in info:
             if domain.internal:
                 continue
-            if domain is not source and offered(_offer_facets(domain)):
+            if domain is not source and offered(offer_facets(domain)):
                 chosen.add(domain.name)
             if domain.template_for_dispvms and offered(("*", "@anyvm", *domain.base_facets)):
                 chosen.add(DISPVM_PREFIX + domain.name)
-        if call.base is not None and offered(("*", "@anyvm", DISPVM)):
-            base = info.get(call.base)
-            if base is not None and not base.internal:
-                chosen.add(DISPVM_PREFIX + call.base)
-        if not is_dom0(call.source) and offered((ADMINVM,)):
-            dom0 = info.get("dom0")
-            if dom0 is None or not dom0.internal:
-                chosen.add("dom0")
-        return sorted(chosen)
+        chosen |= {keyword for keyword, facets in _KEYWORDS if offered(facets)}
+        return offered_targets(chosen, source, info)
 
 
-def _offer_facets(domain: Domain) -> tuple[str, ...]:
-    # The keyword @adminvm is an element of its own in section 12: it is turned into dom0 at the
-    # end, so a rule about @adminvm neither adds nor removes the dom0 that * offered.
+_KEYWORDS = ((DISPVM, ("*", "@anyvm", DISPVM)), (ADMINVM, (ADMINVM,)))
+
+
+def offered_targets(chosen: set[str], source: Domain, info: SystemInfo) -> list[str]:
+    """Replace the keywords among what is offered to ``source``: steps 3, 4 and 6 of section 12."""
+    if DISPVM in chosen:
+        chosen.discard(DISPVM)
+        base = info.get(source.default_dispvm) if source.default_dispvm else None
+        if base is not None and not base.internal:
+            chosen.add(f"{DISPVM_PREFIX}{source.default_dispvm}")
+    if ADMINVM in chosen:
+        chosen.discard(ADMINVM)
+        dom0 = info.get("dom0")
+        if source.name != "dom0" and (dom0 is None or not dom0.internal):
+            chosen.add("dom0")
+    return sorted(chosen)
+
+
+def offer_facets(domain: Domain) -> tuple[str, ...]:
+    """Return the words that offer a domain by its name (section 12).
+
+    The keyword ``@adminvm`` is an element of its own there: it is turned into dom0 at the end, so a
+    rule about ``@adminvm`` neither adds nor removes the dom0 that ``*`` offered.
+    """
     if domain.name != "dom0":
         return domain.facets
     return tuple(facet for facet in domain.facets if facet != ADMINVM)

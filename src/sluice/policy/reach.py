@@ -10,21 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sluice.policy.classes import CallClass, World
+from sluice.policy.classes import CallClass, Region, World
 from sluice.policy.evaluation import Policy
-from sluice.policy.resolution import Allow, Ask, Deny
+from sluice.policy.resolution import Allow, Ask
 from sluice.policy.response import Direction, direct
 from sluice.policy.rules import Rule, Verb
 from sluice.policy.tokens import DISPVM_PREFIX
 
 
 class Reach(NamedTuple):
-    """One way in which a source reaches a service of a domain."""
+    """The ways in which a source reaches a service of a domain by one rule."""
 
     source: str
     call: CallClass
-    asked: str
-    """The target that the request names."""
+    asked: tuple[str, ...]
+    """The targets that the request may name."""
     verb: str
     """``allow`` or ``ask``."""
     target: str
@@ -37,6 +37,10 @@ class Reach(NamedTuple):
     user: str | None
 
 
+End = tuple[str, str | None, str | None]
+"""Target, relay, and what the relay is asked for."""
+
+
 def reaches(
     world: World,
     policy: Policy,
@@ -46,41 +50,71 @@ def reaches(
 ) -> Iterator[Reach]:
     """Yield every way in which sources (bits; None: all) reach anything, by the given calls."""
     for call in world.calls if calls is None else calls:
+        # A rule may have several regions: what is asked for is put together.
+        found: dict[tuple[int, str, End], Reach] = {}
         for region in world.regions(policy, call):
-            if region.rule is None or region.rule.action.verb is Verb.DENY:
+            rule = region.rule
+            if rule is None or rule.action.verb is Verb.DENY:
                 continue
             mask = region.sources if sources is None else region.sources & sources
             for source in world.sources_in(mask):
-                for target in world.targets_in(region.targets):
-                    yield from _ways(world, policy, region.rule, call, source, target.text)
+                for end, asked in _ends(world, policy, call, region, rule, source).items():
+                    key = (id(rule), source, end)
+                    if key in found:
+                        asked = (*found[key].asked, *asked)
+                    verb, user = rule.action.verb.value, rule.action.user
+                    found[key] = Reach(source, call, asked, verb, *end, rule, user)
+        yield from found.values()
 
 
-def _ways(
-    world: World, policy: Policy, rule: Rule, call: CallClass, source: str, target: str
-) -> Iterator[Reach]:
-    info = world.info
-    resolution = world.resolve(policy, rule, call, source, target)
-    if isinstance(resolution, Deny):
-        return
-    outcomes: list[Allow | Deny]
-    if isinstance(resolution, Ask):
-        outcomes = [resolution.chosen(candidate) for candidate in resolution.candidates]
-    else:
+def _ends(
+    world: World, policy: Policy, call: CallClass, region: Region, rule: Rule, source: str
+) -> dict[End, tuple[str, ...]]:
+    """Return where the requests of a source in a region end, with the targets that lead there."""
+    targets = tuple(target.text for target in world.targets_in(region.targets))
+    if rule.action.verb is Verb.ASK:
+        # What a question offers, and where its answer leads, is the same whatever was asked for,
+        # but for what a relay is told.
+        resolution = world.resolve(policy, rule, call, source, targets[0])
+        if not isinstance(resolution, Ask):
+            return {}
+        chosen = [resolution.chosen(candidate) for candidate in resolution.candidates]
+        ends = [_end(world, allow) for allow in chosen if isinstance(allow, Allow)]
+        found = {end: targets for end in ends if end is not None}
+        if any(end[1] is not None for end in found):
+            return _each(world, policy, call, rule, source, targets)
+        return found
+    return _each(world, policy, call, rule, source, targets)
+
+
+def _each(
+    world: World,
+    policy: Policy,
+    call: CallClass,
+    rule: Rule,
+    source: str,
+    targets: tuple[str, ...],
+) -> dict[End, tuple[str, ...]]:
+    found: dict[End, tuple[str, ...]] = {}
+    for target in targets:
+        resolution = world.resolve(policy, rule, call, source, target)
         outcomes = [resolution]
-    verb = rule.action.verb.value
-    for outcome in outcomes:
-        assert isinstance(outcome, Allow)  # a candidate is always among the candidates
-        directed = direct(outcome, info)
-        if not isinstance(directed, Direction):
-            continue
-        name = info.to_name(outcome.target)
-        assert name is not None
-        relay = directed.target if directed.service is not None else None
-        reached = (name if name not in _DOM0 else "dom0", relay, directed.service)
-        yield Reach(source, call, target, verb, *reached, rule, outcome.user)
+        if isinstance(resolution, Ask):
+            outcomes = [resolution.chosen(candidate) for candidate in resolution.candidates]
+        for outcome in outcomes:
+            end = _end(world, outcome) if isinstance(outcome, Allow) else None
+            if end is not None:
+                found[end] = (*found.get(end, ()), target)
+    return found
 
 
-_DOM0 = ("@adminvm",)
+def _end(world: World, allow: Allow) -> End | None:
+    directed = direct(allow, world.info)
+    if not isinstance(directed, Direction):
+        return None
+    name = world.info.to_name(allow.target)
+    assert name is not None  # direct() denies what does not exist
+    return name, directed.target if directed.service is not None else None, directed.service
 
 
 def calls_of(world: World, service: str, argument: str | None) -> list[CallClass]:
