@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import socket
 import stat
 import struct
@@ -17,7 +18,10 @@ import pytest
 from sluice.agent import inside
 from sluice.domains import trees
 from sluice.domains.model import DomainConfig
+from sluice.domains.paths import Paths
+from sluice.domains.registry import Registry
 from sluice.domains.sandbox import ids, limits, mounts, namespaces, probe, seccomp
+from sluice.domains.sandbox.bubblewrap import Bubblewrap
 from sluice.errors import LocalError, ResourceError
 
 UUID = "11111111-1111-4111-8111-111111111111"
@@ -162,6 +166,22 @@ def test_what_nothing_holds_is_published_and_stops_nothing(tmp_path: Path) -> No
         assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (0, 0)
     finally:
         child.communicate(b"\n")
+
+
+@pytest.mark.spec("CORE-172")
+def test_what_is_not_enforced_is_a_feature_of_dom0(tmp_path: Path) -> None:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    paths = Paths(tmp_path / "c", tmp_path / "s", tmp_path / "r")
+    sandbox = Bubblewrap(paths, ids=ids.Ids(ids.SINGLE, 1, 1, 1))
+    sandbox._controllers = limits.Controllers({})
+    registry = Registry([])
+    registry.publish(sandbox.findings())
+    dom0 = registry.get("dom0")
+    assert dom0 is not None
+    assert dom0.feature("sandbox.ids") == "single"
+    assert dom0.feature("sandbox.unenforced") == "vcpus"
+    assert dom0.feature("sandbox.per-process") == "maxmem sandbox.pids-max"
 
 
 def test_limits_are_written_and_changed(tmp_path: Path) -> None:

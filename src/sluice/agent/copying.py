@@ -20,6 +20,7 @@ HEADER = struct.Struct("<BHQH")
 FILE, DIRECTORY, UP, END = range(4)
 CHUNK = 1 << 18
 MAX_NAME = 255
+_PLAIN = bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
 MAX_DEPTH = 256
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -124,7 +125,8 @@ class Receiver:
             os.fchmod(descriptor, left_mode)
             os.close(descriptor)
             return
-        if not name or b"/" in name or b"\0" in name or name in (b".", b".."):
+        # Control characters are legal in names, and a trap for whoever lists them on a terminal.
+        if not name or b"/" in name or name in (b".", b"..") or name.translate(None, _PLAIN):
             raise CopyError("a name that cannot be")
         try:
             if kind == FILE:

@@ -73,16 +73,19 @@ def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stderr is not None
+    left_out: list[str] = []
     with process:
         try:
             with process.stdin as stream:
-                send(stream.fileno(), source)
+                left_out = send(stream.fileno(), source)
         except BrokenPipeError:
             pass  # it says itself why it stopped
         except CopyError as error:
             raise LocalError(str(error)) from error
         said = process.stderr.read(4096)
     _check(process.returncode, name, said)
+    for skipped in left_out:
+        print(f"sluice: left out (not a file or directory): {escape(skipped)}", file=sys.stderr)
 
 
 def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) -> None:
@@ -102,10 +105,11 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
         except CopyError as error:
             failure = str(error)
         said = process.stderr.read(4096)
-    if said or process.returncode:
-        _check(process.returncode or 1, name, said)
+    _check(process.returncode, name, said)
     if failure:
         raise RemoteError(f"{name}: {escape(failure)}")
+    if said.strip():
+        print(f"sluice: {name}: {escape(said.strip())}", file=sys.stderr)
 
 
 def _check(status: int, name: str, untrusted_said: bytes) -> None:

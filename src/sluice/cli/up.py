@@ -104,9 +104,10 @@ def make_sandboxes(
     kinds = {domain.kind for domain in registry}
     made: dict[str, Sandbox] = {}
     if "bubblewrap" in kinds:
-        made["bubblewrap"] = Bubblewrap(
-            paths, uid_base=defaults.uid_base, single=defaults.ids == "single"
-        )
+        single = defaults.ids == "single"
+        bubblewrap = Bubblewrap(paths, uid_base=defaults.uid_base, single=single)
+        registry.publish(bubblewrap.findings())
+        made["bubblewrap"] = bubblewrap
     if "process" in kinds:
         made["process"] = Process(paths)
     for kind, sandbox in made.items():

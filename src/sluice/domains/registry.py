@@ -6,7 +6,9 @@ docs/spec/core-stack.md 3.2, 6.10.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sluice.domains.model import DOM0, DomainConfig
@@ -40,6 +42,12 @@ class Registry:
         self._by_name[domain.name] = domain
         self._by_uuid[domain.uuid] = domain
         self._by_qid[domain.qid] = domain
+
+    def publish(self, findings: Mapping[str, str]) -> None:
+        """Make what was found out about this machine features of dom0 (12.1)."""
+        dom0 = self._by_name[DOM0.name]
+        features = MappingProxyType({**dom0.features, **findings})
+        self.add(dataclasses.replace(dom0, features=features))
 
     def remove(self, name: str) -> DomainConfig:
         """Take one domain out and return it. Raises LocalError for dom0 and unknown names."""

@@ -194,6 +194,18 @@ class Bubblewrap:
         """Say which user ids the domains have on the host."""
         return self.ids.sentence()
 
+    def findings(self) -> dict[str, str]:
+        """Return what is published as features of dom0 (12.1, 12.5): name -> value."""
+        properties = {"memory": "maxmem", "pids": "sandbox.pids-max", "cpu": "vcpus"}
+        weak = [properties[name] for name in properties if self._controllers.kind(name) == "none"]
+        # Without groups the kernel still holds these two, for each process and each user id.
+        held = [name for name in weak if name != "vcpus"]
+        return {
+            "sandbox.ids": self.ids.mode,
+            "sandbox.unenforced": " ".join(name for name in weak if name not in held),
+            "sandbox.per-process": " ".join(held),
+        }
+
     def id_map(self, domain: DomainConfig) -> IdMap:
         """Return the ids of one domain; hers for good from the first time on."""
         if self.ids.mode == SINGLE:

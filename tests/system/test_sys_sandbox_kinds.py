@@ -1,0 +1,138 @@
+"""The shipped example as it stands, the kind without isolation, and copies to and from a domain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.sandbox import MODES, Machine, machine
+
+from sluice.domains.model import DomainConfig
+from sluice.domains.paths import Paths
+from sluice.domains.sandbox.process import MARK, WARNING, Process, own_user
+
+pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name is short enough for sockets below it."""
+    path = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sluice(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sluice", "--root", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_example_runs_as_it_stands(short: Path) -> None:
+    up = sluice(short, "up", "--detach", str(ROOT / "examples/system.toml"))
+    try:
+        assert "ready: 4 of 5 domains run" in up.stderr, up.stderr
+        add = "qrexec-client-vm vault test.Add /usr/local/bin/our_test_add_client 1 2"
+        assert sluice(short, "run", "work", "--", *add.split()).stdout == "3\n"
+        time = ("qrexec-client-vm", "dom0", "demo.Time")
+        assert sluice(short, "run", "work", "--", *time).stdout.startswith("work asked at")
+        assert sluice(short, "run", "untrusted", "--", *time).returncode == 126
+        assert "vault" in sluice(short, "ls").stdout
+        assert "test.Add" in sluice(short, "log").stdout
+        again = sluice(short, "up", str(ROOT / "examples/system.toml"))
+        assert again.returncode == 125
+        assert "runs here already" in again.stderr
+    finally:
+        down = sluice(short, "down")
+    assert down.returncode == 0, down.stderr
+    assert list((short / "run/daemon").iterdir()) == []
+
+
+def test_a_domain_without_isolation(short: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It greets like any other, says at each start what it is, and leaves nothing when killed."""
+
+    async def run() -> None:
+        paths = Paths.find(str(short))
+        paths.create()
+        domain = DomainConfig("work", 1, "1" * 8, kind="process", default_user=own_user())
+        sandbox = Process(paths)
+        assert sandbox.privilege() == WARNING
+        ours, theirs = socket.socketpair()
+        running = await sandbox.start(domain, theirs)
+        theirs.close()
+        ours.setblocking(False)
+        async with asyncio.timeout(20):
+            greeting = await asyncio.get_running_loop().sock_recv(ours, 12)
+        assert greeting[:4] == b"\x00\x03\x00\x00"
+        # Something that the agent would not know of, with the mark of the run in its environment.
+        mark = environment(running.pid)[MARK]
+        stray = subprocess.Popen(["sleep", "1000"], env={MARK: mark}, start_new_session=True)
+        running.kill()
+        await running.wait()
+        assert stray.wait(10) == -9
+        await running.clean()
+        os.close(running.stderr_fd)
+        ours.close()
+        assert not (paths.domains / "work").exists()
+        assert {limit.by for limit in running.limits()} == {"none"}
+
+    asyncio.run(run())
+    assert "work: NO ISOLATION" in capfd.readouterr().err
+
+
+def environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+@pytest.fixture(params=MODES)
+def inside(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    with machine(request.param, "[domains.work]\n") as made:
+        yield made
+
+
+def test_copies_to_a_domain_and_back(inside: Machine) -> None:
+    """A tree goes in and comes out again; links that the domain made lead nowhere on the host."""
+    source = inside.root / "user/tree"
+    (source / "a").mkdir(parents=True)
+    (source / "a/file").write_text("content")
+    (source / "a/file").chmod(0o750)
+    if inside.user is not None:
+        subprocess.run(["chown", "-R", inside.user, str(source)], check=True)
+
+    def cp(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            inside.sluice("cp", *words),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=inside.environment,
+            cwd="/",
+            check=False,
+        )
+
+    done = cp(str(source), "work:tree")
+    assert done.returncode == 0, done.stderr
+    assert inside.shell("cat tree/a/file; stat -c %a tree/a/file").stdout == b"content750\n"
+    inside.shell("ln -s /etc/passwd tree/link; ln -s /etc tree/a/up; mkfifo tree/fifo")
+    back = inside.root / "user/back"
+    done = cp("work:tree", str(back))
+    assert done.returncode == 0, done.stderr
+    assert (back / "a/file").read_text() == "content"
+    assert sorted(p.name for p in back.rglob("*")) == ["a", "file"]
+    assert cp(str(source), "work:tree").returncode == 1  # it exists
+    assert cp("work:nothing", str(inside.root / "user/x")).returncode == 1
+    assert cp("work:/etc/passwd", str(back)).returncode == 1
+    inside.shell("mkdir -p out; cp /bin/true out/x; echo evil > 'out/a\033]0;x'")
+    assert cp("work:out", str(inside.root / "user/out")).returncode == 1
+    assert [p.name for p in (inside.root / "user/out").iterdir()] in ([], ["x"])
