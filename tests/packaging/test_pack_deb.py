@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.packaging import ROOT, BareDebian, reason_against
+from tests.support.packaging import IMPORT_ALL, ROOT, BareDebian, reason_against
 
 pytestmark = pytest.mark.skipif(reason_against() is not None, reason=reason_against() or "")
 
@@ -43,6 +43,10 @@ def test_it_is_installed_used_and_removed_without_trace(package: Path, debian: B
     shown = debian.check("/usr/bin/sluice", "proxy", "check").decode()
     assert "# /etc/sluice/proxy.toml" in shown and "no mistakes" in shown
     assert b"byte-limit" in debian.check("sluice", "proxy", "filters")
+
+    # No library is missing, whichever part of Sluice is used.
+    imported = debian.check("python3", "-IS", "-c", IMPORT_ALL, "/usr/lib/sluice")
+    assert imported == b"True\n"
 
     # The call of a source, by the agent's way, with the configuration as it is shipped.
     debian.script("srv/inbox.Put", KEEP)

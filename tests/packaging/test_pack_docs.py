@@ -75,6 +75,13 @@ def test_ten_commands_lead_to_a_copy_and_others_back(debian: BareDebian) -> None
                 assert b"work" in done.stdout and b"inbox.Put" in done.stdout
             else:
                 assert done.stdout == b"0\n"
+    for _, command in commands("Many calls"):
+        if not command.startswith("sudo systemctl"):
+            debian.check("bash", "-c", command)
+    assert debian.resident("/usr/local/etc/qubes-rpc/qrexec-proxy") == "0"
+    assert "one way" in [letter.read_text() for letter in (debian.root / "root/inbox").iterdir()]
+    debian.check("rm", "/usr/local/etc/qubes-rpc/qrexec-proxy")
+
     for _, command in commands("Changing chains"):
         assert debian.run("bash", "-c", command).stdout == b"1048576\n"
 

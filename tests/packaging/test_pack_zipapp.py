@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.packaging import ROOT, BareDebian, reason_against
+from tests.support.packaging import IMPORT_ALL, ROOT, BareDebian, reason_against
 
 KEEP = "#!/bin/sh\ncat > /srv/kept\necho an answer that must not arrive\nexit 42\n"
 # Where the file lies in the bare Debian, and the names under which it is called.
@@ -81,6 +81,13 @@ def test_the_program_form_makes_calls_and_keeps_its_configuration(debian: BareDe
         assert len(list((debian.root / "run/sluice-proxy").glob("*.config"))) == 1
     records = (debian.root / "var/log/sluice/proxy.jsonl").read_text().splitlines()
     assert [json.loads(record)["cause"] for record in records] == ["done", "done"]
+
+
+def test_no_module_is_missing_but_what_two_filters_need(debian: BareDebian) -> None:
+    imported = debian.check("python3", "-IS", "-c", IMPORT_ALL, PLACE).decode().splitlines()
+    assert imported.pop() == "True"
+    # ``msgspec.json`` is not in the stand-in, and RE2 has none.
+    assert set(imported) <= {"sluice.proxy.json_rules msgspec", "sluice.proxy.line_rules re2"}
 
 
 @pytest.mark.spec("PROXY-010")

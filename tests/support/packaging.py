@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "bash", "cat", "chmod", "cp", "dash", "date", "diff", "dirname", "dpkg", "dpkg-deb",
     "dpkg-divert", "dpkg-query", "dpkg-split", "env", "false", "find", "grep", "head", "id",
-    "install", "ls", "mkdir", "mktemp", "mv", "readlink", "rm", "rmdir", "sed", "seq",
+    "install", "ln", "ls", "mkdir", "mktemp", "mv", "readlink", "rm", "rmdir", "sed", "seq",
     "sh", "sha256sum", "sleep", "sort", "systemctl", "tar", "tee", "touch", "tr", "true", "uname",
     "wc", "xz",
 )  # fmt: skip
@@ -46,6 +46,26 @@ printf 'one way' | LAUNCHER one-way+vault+inbox.Put
 echo $?
 kill $server
 wait $server
+"""
+
+
+# Imports every module below a directory or in an archive, and prints those that cannot be.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+from sluice.runtime import add_site_packages
+add_site_packages()
+import sluice
+count = 0
+for module in pkgutil.walk_packages(sluice.__path__, "sluice."):
+    if module.name == "sluice.__main__":
+        continue
+    try:
+        importlib.import_module(module.name)
+        count += 1
+    except ImportError as error:
+        print(module.name, error.name)
+print(count > 50)
 """
 
 
@@ -118,6 +138,8 @@ class BareDebian:
         for directory in (f"/usr/lib/{PYTHON}", str(_libraries()), "/usr/lib64"):
             if os.path.isdir(directory):
                 options += ["--ro-bind", directory, directory]
+        # Libraries of C are looked for by name there.
+        options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
         options += ["--dev", "/dev", "--proc", "/proc", "--chdir", cwd, "--clearenv"]
         for key, value in environment.items():
             options += ["--setenv", key, value]

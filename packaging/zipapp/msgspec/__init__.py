@@ -269,3 +269,11 @@ __all__ = [
     "NODEFAULT", "DecodeError", "Meta", "MsgspecError", "Struct", "ValidationError", "convert",
     "field", "structs",
 ]  # fmt: skip
+
+
+# Defined last: the import above asks for the name before it looks for the file.
+def __getattr__(name: str) -> Any:
+    """Tell that what is not here is missing, as if the library itself were."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise ModuleNotFoundError(f"msgspec.{name} needs the library msgspec", name="msgspec")
