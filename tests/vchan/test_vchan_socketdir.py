@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import socket
 import tempfile
@@ -186,6 +187,19 @@ def test_other_errors_are_fatal_at_once(directory: str, driver: Driver, obstacle
     assert "in time" not in failed[0]
     if other is not None:
         other.close()
+
+
+@pytest.mark.spec("WIRE-013")
+def test_no_descriptor_left_is_fatal_at_once(directory: str, driver: Driver) -> None:
+    failed: list[str] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Client(driver.loop, 7, 513, lambda fd: None, 60, failed.append)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        driver.until(lambda: failed, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "Too many open files" in failed[0]
 
 
 def test_a_client_can_be_given_up(directory: str, driver: Driver) -> None:

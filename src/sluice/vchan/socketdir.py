@@ -177,9 +177,12 @@ class Client:
 
     def _try(self) -> None:
         self._timer = None
-        sock = _socket.socket(
-            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC
-        )
+        kind = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC
+        try:
+            sock = _socket.socket(_socket.AF_UNIX, kind)
+        except OSError as error:
+            self._on_failed(f"{self.path}: {os.strerror(error.errno or 0)}")
+            return
         try:
             sock.connect(self.path)
         except OSError as error:
