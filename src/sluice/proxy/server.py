@@ -96,6 +96,9 @@ class Server:
         self.loop.set_exception_handler(self._exception)
         self._open_metrics()
         self.session = self._make_session(self.configuration)
+        # Each time some of the calls in which a server before this one was killed.
+        while self.session.unfinished.collect():
+            pass
         self.intake = Intake(
             self.loop,
             self.calls,
