@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_the_guide_to_writing_a_filter_works_as_it_is_written(tmp_path: Path) ->
     (tmp_path / "test_shout.py").write_text(tests + more)
     assert pytest_run().returncode == 1
     head = first[: first.index("    def __init__")]
-    (tmp_path / "shout.py").write_text(head + mended)
+    (tmp_path / "shout.py").write_text(head + textwrap.indent(mended, "    "))
     assert pytest_run().returncode == 0
     for words, data_, code, out in (
         ([f"{tmp_path}/shout.py"], b"hello\n", 0, b"HELLO\n"),
