@@ -108,6 +108,13 @@ def test_an_agent_out_of_reach_ends_the_start(daemon: DaemonHarness) -> None:
     assert 0.9 < time.monotonic() - began < 4
 
 
+def test_an_agent_that_can_never_be_reached_ends_the_start_at_once(
+    daemon: DaemonHarness,
+) -> None:
+    daemon.spawn(VCHAN_SOCKET_DIR=str(daemon.directory / "program"))  # not a directory
+    assert daemon.ended() == 1
+
+
 @pytest.mark.spec("WIRE-027")
 @pytest.mark.parametrize("text", ["0", "-5", "abc"])
 def test_a_timeout_that_is_not_positive_means_sixty(text: str) -> None:

@@ -38,6 +38,7 @@ from sluice.agent.options import UsageError
 from sluice.errors import RemoteError, SluiceError
 from sluice.vchan.socketdir import Client
 from sluice.wire import messages as wire
+from sluice.wire.names import escape
 
 HANDSHAKE_PATIENCE = 10.0
 STOP_WITHIN = 1.0
@@ -87,7 +88,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._terminate.set)
         self._folded = FoldedLog(loop, self.log)
-        self._handler = CallHandler(self.options, self.ports, self.log)
+        self._handler = CallHandler(self.options, self.ports, self._folded)
         timeout = self.options.startup_timeout
         try:
             while True:
@@ -105,8 +106,12 @@ class Daemon:
             await self._shut()
 
     async def _connect(self, timeout: float | None) -> socket.socket:
-        """Connect to the agent; raises Ended (3) after ``timeout`` seconds."""
+        """Connect to the agent.
+
+        Raises Ended: 3 after ``timeout`` seconds, 1 where it can never work, -15 for SIGTERM.
+        """
         loop = asyncio.get_running_loop()
+        began = loop.time()
         connected: asyncio.Future[int] = loop.create_future()
 
         def failed(reason: str) -> None:
@@ -129,7 +134,8 @@ class Daemon:
             return socket.socket(fileno=connected.result())
         except RemoteError as error:
             self.log(f"no agent: {error}")
-            raise Ended(EXIT_STARTUP_TIMEOUT if timeout is not None else 1) from None
+            late = timeout is not None and loop.time() - began >= timeout * 0.99
+            raise Ended(EXIT_STARTUP_TIMEOUT if late else 1) from None
         finally:
             stop.cancel()
             client.close()
@@ -252,7 +258,8 @@ class Daemon:
         try:
             await self._handler.handle(endpoint, request)
         except (SluiceError, OSError, TimeoutError) as error:
-            self._folded(f"{self._handler.describe(request)}: refused: {error}")
+            text = f"{self._handler.describe(request)}: refused: {escape(str(error), 300)}"
+            self._folded(text)
         finally:
             refuse(endpoint, request)
 
