@@ -473,3 +473,28 @@ def test_stderr_is_delivered_before_the_end(driver: Driver) -> None:
     assert os.read(read_fd, 100) == b"last words"
     os.close(read_fd)
     call.close()
+
+
+def test_a_full_disk_is_told_and_ends_only_that_stream(driver: Driver) -> None:
+    full = [os.open("/dev/full", os.O_WRONLY) for _ in range(2)]
+    call = Call(
+        driver,
+        caller=True,
+        late=True,
+        on_open=lambda: call.channel.attach(full[0], call.streams[1], full[1], has_process=False),
+        version=None,
+    )
+    call.channel.start()
+    call.peer.hello()
+    for _ in range(3):
+        call.peer.send(m.DATA_STDOUT, b"does not fit")
+        call.peer.send(m.DATA_STDERR, b"nor does this")
+    call.peer.send(m.DATA_EXIT_CODE, m.I32.pack(3))
+    call.peer.send(m.DATA_STDOUT)
+    assert call.finish() == 3
+    assert sorted(call.warnings) == [
+        "stderr of the service could not be written: No space left on device",
+        "what was received could not be written: No space left on device",
+    ]
+    os.close(call.streams[0])
+    call.close()

@@ -195,13 +195,16 @@ def test_a_channel_that_ends_inside_a_message_is_fatal(make: Callable[..., Call]
 @pytest.mark.spec("WIRE-188")
 def test_stray_types_on_the_service_side(make: Callable[..., Call], each_driver: Driver) -> None:
     call = make(has_process=True)
-    call.peer.send(m.DATA_STDERR, b"not for you")
-    call.peer.send(m.DATA_EXIT_CODE, b"\7\0\0\0")
-    call.peer.send(m.DATA_STDOUT, b"taken as input")
+    for _ in range(3):
+        call.peer.send(m.DATA_STDERR, b"not for you")
+        call.peer.send(m.DATA_EXIT_CODE, b"\7\0\0\0")
+    call.peer.send(m.DATA_STDOUT, b"taken as ")
+    call.peer.send(m.DATA_STDOUT, b"input")
     call.peer.send(m.DATA_STDOUT)
     each_driver.until(lambda: call.stdin.eof)
     assert call.stdin.received == b"taken as input"
-    assert len(call.warnings) == 1
+    # Each oddity is remarked on once, however often it happens.
+    assert len(call.warnings) == len(set(call.warnings)) == 2
     call.stdout.close()
     call.stderr.close()
     call.channel.process_exited(0)

@@ -280,9 +280,16 @@ class Engine:
     def _set_stderr(self, end: Endpoint) -> None:
         """Write the other side's stderr there. That it fails is nobody's concern."""
         table = terminal_table() if self._filter_stderr else None
-        self._receiver.stderr = Inlet(end, end.close, table=table)
+        self._receiver.stderr = Inlet(end, self._stderr_closed, table=table)
         end.on_write = self._stderr_writable
         self._stderr = end
+
+    def _stderr_closed(self) -> None:
+        inlet, end = self._receiver.stderr, self._stderr
+        if inlet is not None and inlet.error:
+            self._receiver.warn(f"stderr of the service could not be written: {inlet.error}")
+        if end is not None:
+            end.close()
 
     def _stderr_writable(self) -> None:
         if self._receiver.stderr is not None:
@@ -299,7 +306,9 @@ class Engine:
     def _in_closed(self) -> None:
         """IN is closed, for whatever reason (section 10.5)."""
         self.state.in_open = False
-        end = self._in
+        inlet, end = self._receiver.inlet, self._in
+        if inlet is not None and inlet.error:
+            self._receiver.warn(f"what was received could not be written: {inlet.error}")
         if end is not None:
             end.want_write(False)
             end.want_hangup(False)

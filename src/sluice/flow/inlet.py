@@ -6,6 +6,9 @@ channel meanwhile), and an end-of-file that came behind it. docs/spec/wire-proto
 
 from __future__ import annotations
 
+import errno
+import os
+
 from sluice.flow.spare import CANNOT, SINK_FULL, splice
 
 TYPE_CHECKING = False
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 class Inlet:
     """Writes to ``end`` and tells ``on_closed()``, once, when that is over for any reason."""
 
-    __slots__ = ("_eof", "_held", "_on_closed", "_table", "end", "full", "open")
+    __slots__ = ("_eof", "_held", "_on_closed", "_table", "end", "error", "full", "open")
 
     def __init__(
         self, end: Endpoint, on_closed: Callable[[], None], *, table: bytes | None = None
@@ -28,6 +31,8 @@ class Inlet:
         self.open = True
         # A splice into it was refused: what it is to take is still in the channel.
         self.full = False
+        # Why writing failed, unless its reader just went away.
+        self.error = ""
         self._on_closed = on_closed
         self._table = table
         self._held: bytes | memoryview = b""
@@ -71,7 +76,9 @@ class Inlet:
                 count = self.end.write(self._held)
             except BlockingIOError:
                 return
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                    self.error = os.strerror(error.errno or 0)
                 self.close()
                 return
             self._held = self._held[count:]

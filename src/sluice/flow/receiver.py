@@ -63,6 +63,7 @@ class Receiver:
         self._on_status = on_status
         self._on_stderr = on_stderr
         self._on_warning = on_warning
+        self._warned: list[str] = []
         # The first bytes of a HELLO or of an exit code that came in pieces.
         self._body = b""
 
@@ -120,7 +121,7 @@ class Receiver:
             route = state.route(kind)
             if route == TO_IN and payload:
                 if (kind == DATA_STDIN) is state.caller:
-                    self._warn("payload of the wrong direction was taken as if it were right")
+                    self.warn("payload of the wrong direction was taken as if it were right")
                 batch.append(payload)
                 if len(batch) == _BATCH:
                     self._deliver(batch)
@@ -157,7 +158,7 @@ class Receiver:
                     self._state.exit_code(body)
                     self._on_status()
         else:
-            self._warn("a message that only a caller takes was ignored")
+            self.warn("a message that only a caller takes was ignored")
 
     def _may_splice(self) -> bool:
         """Tell whether the kernel may move the payload under way into IN."""
@@ -189,11 +190,11 @@ class Receiver:
             raise RemoteError("the channel ended before the handshake")
         self._state.lost = True
 
-    def _warn(self, text: str) -> None:
-        """Tell of something odd, once a call: the other side chooses how often it happens."""
-        if self._on_warning is not None:
-            on_warning, self._on_warning = self._on_warning, None
-            on_warning(text)
+    def warn(self, text: str) -> None:
+        """Tell of something odd, each once a call: the other side chooses how often it happens."""
+        if self._on_warning is not None and text not in self._warned:
+            self._warned.append(text)
+            self._on_warning(text)
 
     def rest(self) -> None:
         """Give the buffer back while nothing needs it."""
