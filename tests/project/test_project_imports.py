@@ -24,6 +24,7 @@ PROGRAMS = [
     "sluice.agent.fork_server",
     "sluice.agent.connect_tcp",
     "sluice.adminvm.client",
+    "sluice.proxy.launcher",
 ]
 
 
