@@ -292,12 +292,17 @@ REFUSING_SCRIPTS = [
 
 @pytest.mark.spec("WIRE-093", "WIRE-094", "WIRE-097")
 def test_the_program_refuses(daemon: DaemonHarness) -> None:
+    target = daemon.daemon_of("dst")
     agent = daemon.start()
     for script in REFUSING_SCRIPTS:
         daemon.program(script)
         agent.send(trigger4())
         refused(agent, b"SOCKET12")
     assert len(daemon.program_calls()) == len(REFUSING_SCRIPTS)
+    # The target, which is there, was never asked.
+    target.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        target.accept()
     assert daemon.alive()
 
 
