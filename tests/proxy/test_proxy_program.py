@@ -369,6 +369,20 @@ def test_stdin_and_stdout_may_be_one_kind_or_another(qube: Vm) -> None:
     assert process.stdout.read() == b"" and process.wait(10) == 0
 
 
+@pytest.mark.spec("PROXY-040", "PROXY-041")
+def test_filters_that_need_libraries_run_from_the_kept_configuration_too(qube: Vm) -> None:
+    """The first call reads the configuration, the second one what was kept of it."""
+    schema = qube.directory / "schema.json"
+    schema.write_text('{"type": "object"}')
+    qube.chain("lines", "{ use = 'lines', src2dst = { allow = ['a+'] } }")
+    qube.chain("json", f"{{ use = 'json', src2dst = '{schema}' }}")
+    for _ in range(2):
+        assert qube.call("lines+vault+mirror", b"aa\n").stdout == b"aa\n"
+        assert qube.call("lines+vault+mirror", b"ab\n").returncode == 126
+        assert qube.call("json+vault+mirror", b"{}\n").stdout == b"{}\n"
+        assert qube.call("json+vault+mirror", b"[]\n").returncode == 126
+
+
 @pytest.mark.spec("PROXY-021")
 def test_a_slow_reader_makes_the_writer_wait_and_the_proxy_stays_small(qube: Vm) -> None:
     qube.chain("look", "{ use = 'byte-limit', src2dst = '1G' }")

@@ -17,6 +17,7 @@ from sluice.proxy.chain import FilterUse
 from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.options import with_values
 from sluice.proxy.paths import configuration_files
+from sluice.runtime import add_site_packages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ def load_fast(
                 pass
     if on_compile is not None:
         on_compile(kept_in or "")
-    from sluice.runtime import add_site_packages
-
     add_site_packages()
     from sluice.proxy.configuration import load
 
@@ -211,6 +210,8 @@ class _Uses:
 
     def _uses(self) -> list[FilterUse]:
         if self._made is None:
+            # Some filters use libraries; who starts us as a small program has none on the path.
+            add_site_packages()
             self._made = [self._use(*kept) for kept in self._kept]
         return self._made
 
