@@ -16,7 +16,11 @@ from tests.support.sandbox import MODES, Machine, machine, wait_for
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
 
-SETTINGS = "[domains.work]\n"
+SETTINGS = """
+[domains.work]
+[domains.nesting]
+features = { "sandbox.allow-userns" = true }
+"""
 
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
@@ -45,6 +49,15 @@ def test_new_namespaces(inside: Machine) -> None:
     assert inside.value(f"[call(272, f) for f in {flags}]") == str(["EPERM"] * len(flags))
     code = f"[call(56, f | 17, 0, 0, 0, 0) for f in {flags[:-1]}]"
     assert inside.value(code) == str(["EPERM"] * (len(flags) - 1))
+
+
+@x86
+def test_where_user_namespaces_are_allowed(inside: Machine) -> None:
+    """With the feature of dom0 a domain makes user namespaces, and still none of another kind."""
+    assert inside.value("call(272, 0x10000000)", "nesting") == "THROUGH"
+    assert inside.value("call(272, 0x10000000 | 0x20000)", "nesting") == "EPERM"
+    code = "print(call(272, 0x10000000), call(165, b'x', b'/tmp', b'tmpfs', 0, None), call(272, 0x20000))"
+    assert inside.python(code, "nesting") == "THROUGH EPERM EPERM"
 
 
 @x86

@@ -21,6 +21,14 @@ from sluice.domains.sandbox.process import MARK, WARNING, Process, own_user
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
 
+SETTINGS = """
+[domains.work]
+[domains.dvm]
+template_for_dispvms = true
+[domains.disp1]
+class = "DispVM"
+template = "dvm"
+"""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -97,8 +105,30 @@ def environment(pid: int) -> dict[str, str]:
 
 @pytest.fixture(params=MODES)
 def inside(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    with machine(request.param, "[domains.work]\n") as made:
+    with machine(request.param, SETTINGS) as made:
         yield made
+
+
+def test_a_disposable_forgets(inside: Machine) -> None:
+    """What a disposable wrote is gone at its next start, and from the disk when it has stopped."""
+    from sluice.adminvm.api import request
+
+    control = inside.root / "run/control.sock"
+    request(control, "start", name="disp1")
+    assert (
+        inside.shell("echo secret > kept; mkdir -m 0 locked; cat kept", "disp1").stdout
+        == b"secret\n"
+    )
+    tree = inside.root / "state/appvms/disp1/private"
+    assert tree.exists()
+    request(control, "stop", name="disp1")
+    assert not tree.exists()
+    request(control, "start", name="disp1")
+    assert inside.shell("ls", "disp1").stdout == b""
+    inside.shell("echo kept > kept")
+    request(control, "stop", name="work")
+    request(control, "start", name="work")
+    assert inside.shell("cat kept").stdout == b"kept\n"
 
 
 def test_copies_to_a_domain_and_back(inside: Machine) -> None:

@@ -299,4 +299,10 @@ def load(path: Path | str) -> SystemFile:
         reader.fail("domains", "must be a table of domains")
     domains = {name: _domain(reader, name, table, defaults) for name, table in tables.items()}
     _check_references(reader, domains)
+    for settings in domains.values():
+        if settings.get("klass") == "DispVM":
+            # A disposable begins with the files of what it was made from.
+            template = domains[settings["template"]]
+            files = {**template.get("files", {}), **settings.get("files", {})}
+            settings["files"] = MappingProxyType(files)
     return SystemFile(path, defaults, MappingProxyType(domains))

@@ -25,6 +25,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from sluice import runtime
@@ -33,7 +34,7 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox import etc, mounts, namespaces, seccomp, stage
 from sluice.domains.sandbox.base import CONTROL_ENVIRONMENT, Limit
-from sluice.domains.sandbox.ids import SINGLE, USER_INSIDE, IdMap, Ids, Slots, detect
+from sluice.domains.sandbox.ids import RANGES, SINGLE, USER_INSIDE, IdMap, Ids, Slots, detect
 from sluice.domains.sandbox.limits import (
     MAX_DESCRIPTORS,
     DomainLimits,
@@ -44,7 +45,7 @@ from sluice.domains.sandbox.limits import (
     wanted,
 )
 from sluice.domains.sandbox.namespaces import Namespaces
-from sluice.domains.sandbox.private import prepare
+from sluice.domains.sandbox.private import prepare, remove
 from sluice.domains.sandbox.supplies import supplies
 from sluice.errors import LocalError, ResourceError
 
@@ -79,6 +80,8 @@ class RunningBubblewrap:
         self.pidfd = -1
         self.stderr_fd = os.dup(staged.console)
         self._memory_event = -1
+        # Removes what a disposable has written.
+        self.forget: Callable[[], Awaitable[None]] | None = None
 
     def found_agent(self, pid: int) -> None:
         """Note the agent's process id. Raises LocalError where it has ended already."""
@@ -136,6 +139,9 @@ class RunningBubblewrap:
                 break
             # The kernel counts a process in its group for a moment after its end was reported.
             await asyncio.sleep(0.01)
+        if self.forget is not None:
+            with contextlib.suppress(LocalError):  # the next start removes it
+                await self.forget()
         self._staged.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -238,7 +244,12 @@ class Bubblewrap:
             place = self._paths.appvms / domain.name
             private = await prepare(place, domain, ids, spaces)
             self._describe(plan, domain, ids, spaces, private)
-            return await self._launch(plan, domain, ids, spaces, control)
+            running = await self._launch(plan, domain, ids, spaces, control)
+            if domain.klass == "DispVM":
+                running.forget = lambda: remove(
+                    place, "private", spaces if ids.mode != RANGES else None
+                )
+            return running
         except (LocalError, ResourceError) as error:
             message = f"{domain.name}: the sandbox did not start: {error}"
             raise type(error)(message) from error

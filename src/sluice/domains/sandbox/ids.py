@@ -20,6 +20,7 @@ import fcntl
 import os
 import pwd
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,12 +155,29 @@ def detect(uid_base: int | None = None, *, single: bool = False) -> Ids:
                 " set uid_base in [system] to a free range, or start as an ordinary user"
             )
         return Ids(RANGES, base, base, end - base)
-    if not single and shutil.which("newuidmap") and shutil.which("newgidmap"):
-        uids = subordinate("/etc/subuid")
-        gids = subordinate("/etc/subgid")
-        if uids and gids:
-            return Ids(SUBORDINATE, uids[0], gids[0], min(uids[1], gids[1]))
+    uids, gids = subordinate("/etc/subuid"), subordinate("/etc/subgid")
+    if not single and uids and gids and not obstacle():
+        return Ids(SUBORDINATE, uids[0], gids[0], min(uids[1], gids[1]))
     return Ids(SINGLE, os.geteuid(), os.getegid(), 1)
+
+
+def obstacle() -> str:
+    """Return why we cannot use the subordinate ids that we have; empty where we can.
+
+    Having them and being allowed to map them are two things: newuidmap may be missing, or have
+    lost its privilege, as in many containers. So it is tried.
+    """
+    for program in ("newuidmap", "newgidmap"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    command = ["unshare", "--user", "--map-root-user", "--map-auto", "--", "true"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if done.returncode == 0 or "unrecognized option" in done.stderr:
+        return ""
+    return (done.stderr.strip().splitlines() or ["refused"])[0]
 
 
 def _mapped_until(base: int, what: str) -> int:

@@ -31,6 +31,9 @@ async def prepare(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespa
     """
     place.mkdir(mode=0o700, exist_ok=True)
     private = place / "private"
+    if domain.klass == "DispVM":
+        # It keeps nothing. What an AdminVM left that was killed is in the way of nobody, until now.
+        await remove(place, "private", spaces if ids.mode != RANGES else None)
     if not os.path.lexists(private):
         await _make(place, domain, ids, spaces)
     expected = ids.root[0] if ids.root is not None else ids.user[0]

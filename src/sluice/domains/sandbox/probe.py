@@ -139,6 +139,8 @@ def _ids() -> Finding:
         return Finding("user ids", BAD, str(error), "no sandbox can start")
     if found.mode == ids.SINGLE:
         remedy = "; to change that: apt install uidmap, and lines in /etc/subuid and /etc/subgid"
+        if ids.subordinate("/etc/subuid") and ids.subordinate("/etc/subgid"):
+            remedy = f"; you have subordinate ids, but: {ids.obstacle()}"
         return Finding("user ids", WEAK, "one for all domains", found.sentence() + remedy)
     return Finding("user ids", GOOD, f"{found.mode}: {found.slots} domains", found.sentence())
 
