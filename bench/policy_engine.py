@@ -21,7 +21,7 @@ from bench.policy_worlds import policy_text, registry, requests
 from sluice.policy.evaluation import Policy
 from sluice.policy.files import PolicyStore
 from sluice.policy.parser import parse_policy
-from sluice.policy.rules import Request, Rule
+from sluice.policy.rules import Request, Rule, Verb
 
 SIZES = (10, 1_000, 10_000)
 
@@ -65,7 +65,9 @@ def deciding() -> Table:
         policy = Policy(item for item in items if isinstance(item, Rule))
         # A question costs what the domains cost that it may offer; decisions are found alike.
         calls = [Request.of(*call) for call in requests(400, size)]
-        direct = [c for c in calls if not hasattr(policy.evaluate(c, info), "candidates")][:200]
+        rules = {call: policy.evaluate(call, info).rule for call in calls}
+        asking = {c for c, rule in rules.items() if rule and rule.action.verb is Verb.ASK}
+        direct = [call for call in calls if call not in asking][:200]
 
         def decide(policy: Policy = policy, calls: list[Request] = direct) -> float:
             return timed(lambda: [policy.evaluate(call, info) for call in calls], 3) / len(calls)
@@ -76,7 +78,7 @@ def deciding() -> Table:
             name, "us", decide, reference="" if size == SIZES[0] else first,
             goal="" if size == SIZES[0] else "at most 3",
         )  # fmt: skip
-        asked = [c for c in calls if c not in direct][:50]
+        asked = [call for call in calls if call in asking][:50]
         if asked:
 
             def ask(policy: Policy = policy, calls: list[Request] = asked) -> float:
@@ -121,6 +123,7 @@ def reloading(rules: int = 10_000) -> str:
             path.write_text(policy_text(rules))
             store = PolicyStore([place])
             await store.current_async()
+            text = policy_text(rules, seed=9)
             stopped = False
             longest = 0.0
 
@@ -134,7 +137,7 @@ def reloading(rules: int = 10_000) -> str:
             ticking = asyncio.ensure_future(tick())
             await asyncio.sleep(0.2)
             idle, longest = longest, 0.0
-            path.write_text(policy_text(rules, seed=9))
+            path.write_text(text)
             begun = time.perf_counter()
             await store.current_async()
             taken = time.perf_counter() - begun

@@ -101,6 +101,7 @@ class World:
         }
         self.unknown = [*sorted(named), UNKNOWN]
         self.sources = [*known, *self.unknown]
+        self._numbers = {source: number for number, source in enumerate(self.sources)}
         self.targets = list(self._targets())
         self._source_facets = [frozenset(self.info.source_facets(name)) for name in self.sources]
         self._target_facets = [
@@ -109,7 +110,9 @@ class World:
         self._elements = list(self._offered_elements())
         self._element_facets = [frozenset(facets) for _, facets in self._elements]
         self._element_masks: dict[tuple[str, ...], int] = {}
-        self._offers: tuple[object, CallClass, list[Region]] | None = None
+        # By position of the policy and call: the same partitions are asked for again and again.
+        self._regions: dict[tuple[int, CallClass], list[Region]] = {}
+        self._offers: dict[tuple[int, CallClass], list[Region]] = {}
         self._source_masks: dict[tuple[str, ...], int] = {}
         self._target_masks: dict[tuple[str, ...], int] = {}
         self._start = self._first_cells()
@@ -163,11 +166,14 @@ class World:
 
     def regions(self, policy: Policy, call: CallClass) -> list[Region]:
         """Partition all requests of a class of calls by the rule that decides them."""
-        rules = [
-            (rule, self.source_mask(rule.source.parts), self.target_mask(rule.target.parts))
-            for rule in policy.index.matching_call(*call.sample)
-        ]
-        return _partition(rules, self._start)
+        key = (id(policy), call)
+        if key not in self._regions:
+            rules = [
+                (rule, self.source_mask(rule.source.parts), self.target_mask(rule.target.parts))
+                for rule in policy.index.matching_call(*call.sample)
+            ]
+            self._regions[key] = _partition(rules, self._start)
+        return self._regions[key]
 
     def candidates(self, policy: Policy, call: CallClass, source: str) -> list[str]:
         """Return what an ``ask`` without ``target=`` offers a source: ``Policy.candidates``.
@@ -178,28 +184,29 @@ class World:
         domain = self.info.get(source)
         if domain is None:
             return []
-        if self._offers is None or self._offers[0] is not policy or self._offers[1] != call:
-            rules = [
-                (
-                    rule,
-                    self.source_mask(rule.source.parts),
-                    _mask(
-                        offered_parts(rule.target, rule.action),
-                        self._element_facets,
-                        self._element_masks,
-                    ),
-                )
-                for rule in policy.index.matching_call(*call.sample)
-            ]
-            everything = [((1 << len(self.sources)) - 1, (1 << len(self._elements)) - 1)]
-            self._offers = (policy, call, _partition(rules, everything))
-        bit = 1 << self.sources.index(source)
+        bit = 1 << self._numbers[source]
         offered = 0
-        for rule, sources, elements in self._offers[2]:
+        for rule, sources, elements in self._offered(policy, call):
             if rule is not None and sources & bit and rule.action.verb is not Verb.DENY:
                 offered |= elements
         chosen = {self._elements[number][0] for number in bits(offered)} - {source}
         return offered_targets(chosen, domain, self.info)
+
+    def _offered(self, policy: Policy, call: CallClass) -> list[Region]:
+        key = (id(policy), call)
+        if key not in self._offers:
+            known, facets = self._element_masks, self._element_facets
+            rules = [
+                (
+                    rule,
+                    self.source_mask(rule.source.parts),
+                    _mask(offered_parts(rule.target, rule.action), facets, known),
+                )
+                for rule in policy.index.matching_call(*call.sample)
+            ]
+            everything = [((1 << len(self.sources)) - 1, (1 << len(self._elements)) - 1)]
+            self._offers[key] = _partition(rules, everything)
+        return self._offers[key]
 
     def _offered_elements(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Yield what section 12 collects, with the words that cover it."""

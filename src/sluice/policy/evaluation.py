@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sluice.policy.index import NOWHERE, Index, first_of
+from sluice.policy.parser import not_collecting
 from sluice.policy.request import Call, NotTemplate, normalise, normalise_target, startable_free
 from sluice.policy.resolution import Allow, Ask, Cause, Deny, Resolution
 from sluice.policy.rules import Request, Rule, Verb
@@ -31,7 +32,8 @@ class Policy:
         """Take the rules in their order; ``warnings`` are what loading them had to say."""
         self.rules = tuple(rules)
         self.warnings = tuple(warnings)
-        self.index = Index(self.rules)
+        with not_collecting():
+            self.index = Index(self.rules)
 
     def evaluate(self, request: Request, info: SystemInfo) -> Allow | Ask | Deny:
         """Decide a request. Never raises for anything that a request or a registry may hold."""

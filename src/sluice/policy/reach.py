@@ -78,11 +78,16 @@ def _ends(
         resolution = world.resolve(policy, rule, call, source, targets[0])
         if not isinstance(resolution, Ask):
             return {}
-        chosen = [resolution.chosen(candidate) for candidate in resolution.candidates]
-        ends = [_end(world, allow) for allow in chosen if isinstance(allow, Allow)]
-        found = {end: targets for end in ends if end is not None}
-        if any(end[1] is not None for end in found):
-            return _each(world, policy, call, rule, source, targets)
+        found: dict[End, tuple[str, ...]] = {}
+        for candidate in resolution.candidates:
+            if candidate == source:
+                continue  # a loop
+            name = candidate.removeprefix(DISPVM_PREFIX)
+            domain = world.info.get(name)
+            if domain is not None and domain.klass == "RemoteVM" and name == candidate:
+                return _each(world, policy, call, rule, source, targets)
+            if domain is not None or candidate == "dom0":
+                found[candidate, None, None] = targets
         return found
     return _each(world, policy, call, rule, source, targets)
 
@@ -184,7 +189,9 @@ def what_can(
     steps: list[Step] = []
     frontier = [start]
     depth = 0
-    while frontier and (through or depth == 0):
+    bases = {world.base_of(source) for source in world.sources}
+    everything = {*world.info.domains, *(f"disposable of {base}" for base in bases if base)}
+    while frontier and (through or depth == 0) and not everything <= paths.keys():
         depth += 1
         reached: list[str] = []
         for name in frontier:
