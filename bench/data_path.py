@@ -1,6 +1,7 @@
 """The data path of a call: writer | caller | service | reader over `passed`, against a plain pipe.
 
-Each end is a process of its own, as in a real call between two domains. The reference is the
+Each end is a process of its own, as in a real call between two domains. The clock begins when both
+have shaken hands: what an interpreter costs to start is measured elsewhere. The reference is the
 shell's ``head -c N /dev/zero | cat > /dev/null`` of the same size, taken in the same round.
 
     python bench/data_path.py [MIB] [ROUNDS]
@@ -13,8 +14,17 @@ import socket
 import sys
 import time
 
+# The descriptor on which a child says that it is ready.
+READY = 190
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = "/usr/bin/python3"
+
+
+def ready() -> None:
+    """Tell the parent that this child is ready."""
+    os.write(READY, b"x")
+    os.close(READY)
 
 
 def end_of_call(kind: str, numbers: list[int]) -> int:
@@ -43,6 +53,7 @@ def end_of_call(kind: str, numbers: list[int]) -> int:
         out_fd=out_fd,
         on_done=done,
         on_fatal=fatal,
+        on_open=ready,
     )
     channel.start()
     loop.run()
@@ -55,6 +66,7 @@ def relay(kind: str, numbers: list[int]) -> int:
     from sluice.flow.reactor import Reactor
 
     loop = Reactor()
+    ready()
     look = {"splice": None, "inspect": lambda piece: None}[kind]
     Pump(loop, numbers[0], numbers[1], on_end=lambda pump: loop.stop(), inspect=look).start()
     loop.run()
@@ -68,6 +80,8 @@ class Pipeline:
         """Begin empty."""
         self.pids: list[int] = []
         self.fds: list[int] = []
+        self.ready, self._ready_write = self.pipe()
+        self._children = 0
 
     def pipe(self) -> tuple[int, int]:
         """Make a pipe that the next processes may inherit."""
@@ -92,13 +106,22 @@ class Pipeline:
 
     def python(self, what: str, kind: str, numbers: list[int]) -> None:
         """Start this file as a child that works on ``numbers``."""
-        actions = []
+        actions = [(os.POSIX_SPAWN_DUP2, self._ready_write, READY)]
+        self._children += 1
         # Passed under numbers above everything that this process has open.
         for index, number in enumerate(numbers):
             actions.append((os.POSIX_SPAWN_DUP2, number, 200 + index))
         arguments = [PYTHON, "-IS", os.path.abspath(__file__), what, kind]
         arguments += [str(200 + index) for index in range(len(numbers))]
         self.pids.append(os.posix_spawn(PYTHON, arguments, os.environ, file_actions=actions))
+
+    def until_ready(self) -> float:
+        """Wait until every child said that it is ready; return the time."""
+        os.close(self._ready_write)
+        self.fds.remove(self._ready_write)
+        for _ in range(self._children):
+            os.read(self.ready, 1)
+        return time.perf_counter()
 
     def wait(self, begin: float) -> float:
         """Wait for all; return the seconds since ``begin``. Raises where one failed."""
@@ -144,7 +167,6 @@ def framed(size: int, block: int, direction: str, *, sockets: bool = False) -> f
     line = Pipeline()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     line.fds.append(null)
-    begin = time.perf_counter()
     source = line.socketpair() if sockets and direction == "down" else line.pipe()
     sink = line.socketpair() if sockets and direction == "up" else line.pipe()
     first, second = make_pair()
@@ -155,6 +177,7 @@ def framed(size: int, block: int, direction: str, *, sockets: bool = False) -> f
     else:
         line.python("end", "caller", [*first, sink[1], null])
         line.python("end", "service", [*second, null, source[0]])
+    begin = line.until_ready()
     line.spawn(writer(size, block), null, source[1])
     line.spawn(["cat"], sink[0], null)
     return size / line.wait(begin)
@@ -165,10 +188,10 @@ def pumped(size: int, kind: str) -> float:
     line = Pipeline()
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     line.fds.append(null)
-    begin = time.perf_counter()
     source, sink = line.pipe(), line.pipe()
-    line.spawn(writer(size, 65536), null, source[1])
     line.python("relay", kind, [source[0], sink[1]])
+    begin = line.until_ready()
+    line.spawn(writer(size, 65536), null, source[1])
     line.spawn(["cat"], sink[0], null)
     return size / line.wait(begin)
 
