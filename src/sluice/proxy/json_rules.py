@@ -11,14 +11,15 @@ import re
 from typing import Any
 
 import msgspec
+import re2
 
 _MAX_NUMBER = 64
-_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b'[]{}"\\')
+_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b'[]{}"')
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _STRING = re.compile(rb'"[^"]*"')
 _FULL_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_LONG_NUMBER = re.compile(rb"[-+.0-9eE]{%d}" % (_MAX_NUMBER + 1))
-_LARGE_EXPONENT = re.compile(rb"[0-9.][eE][-+]?[0-9]{4}")
+# RE2 reads every byte once, which the module re does not for these two.
+_SUSPECT = re2.compile(rb"[-+.0-9eE]{%d}|[0-9.][eE][-+]?[0-9]{4}" % (_MAX_NUMBER + 1))
 _MAX_SCHEMA = 4 << 20
 _decoder = msgspec.json.Decoder()
 
@@ -33,12 +34,31 @@ class Judge:
 
     def wrong(self, message: bytes) -> str | None:
         """Return what is wrong with a message, in words of ours only; None where nothing is."""
-        if not message.strip(b" \t\r\n"):
-            return None
         if too_deep(message, self._depth):
             return f"nested deeper than {self._depth}"
         if has_long_number(message):
             return f"a number of more than {_MAX_NUMBER} characters, or a huge exponent"
+        return self._parsed(message)
+
+    def wrong_among(self, text: bytes) -> str | None:
+        """Return what is wrong with the first wrong line of many, each a message.
+
+        What is looked at before anything is parsed is looked at for all of them at once. If all is
+        well in the whole it is well in each: brackets that close in another line are no JSON.
+        """
+        lines = text.split(b"\n")
+        judge = self.wrong
+        if not too_deep(text, self._depth) and not has_long_number(text):
+            judge = self._parsed
+        for line in lines:
+            wrong = judge(line)
+            if wrong is not None:
+                return wrong
+        return None
+
+    def _parsed(self, message: bytes) -> str | None:
+        if not message or message.isspace():
+            return None
         try:
             value = _decoder.decode(message)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):
@@ -56,17 +76,20 @@ class Judge:
 
 
 def too_deep(message: bytes, most: int) -> bool:
-    """Tell whether brackets are nested deeper than ``most``; wrong JSON may be called either."""
+    """Tell whether brackets are nested deeper than ``most``; wrong JSON may be called either.
+
+    All in operations that run in C. A bracket is in a string if there is an odd number of quotes
+    before it. That stays so when two quotes that stand together are taken away, so most strings
+    go like that, once everything but brackets and quotes is gone.
+    """
     if message.count(b"[") + message.count(b"{") <= most:
         return False
-    left = message.translate(None, _NOT_BRACKETS)
-    # A quote behind a backslash ends no string, so with backslashes strings are cut out first.
+    left = message
     if b"\\" in left:
-        left = _FULL_STRING.sub(b"", message).translate(None, _NOT_BRACKETS)
-    else:
+        left = left.replace(b"\\\\", b"").replace(b'\\"', b"")
+    left = left.translate(_ONE_KIND, _NOT_BRACKETS).replace(b'""', b"")
+    if b'"' in left:
         left = _STRING.sub(b"", left)
-    # One kind of bracket, so that a round takes one level; mixed pairs are no JSON anyhow.
-    left = left.translate(_ONE_KIND)
     for _ in range(most):
         if not left:
             return False
@@ -76,10 +99,10 @@ def too_deep(message: bytes, most: int) -> bool:
 
 def has_long_number(message: bytes) -> bool:
     """Tell whether a number is too long to be read quickly, or has a huge exponent."""
-    if not _LONG_NUMBER.search(message) and not _LARGE_EXPONENT.search(message):
+    if not _SUSPECT.search(message):
         return False
     bare = _FULL_STRING.sub(b"", message)
-    return bool(_LONG_NUMBER.search(bare) or _LARGE_EXPONENT.search(bare))
+    return bool(_SUSPECT.search(bare))
 
 
 def read_schema(file: str) -> Any:

@@ -88,12 +88,11 @@ class Json:
                 return self._too_long(direction)
             return HOLD
         messages = held.take() + data[:end]
-        for message in messages.split(b"\n"):
-            if len(message) > self._most:
-                return self._too_long(direction)
-            wrong = self._judges[direction].wrong(message)
-            if wrong:
-                return Abort(f"{direction}: {wrong}")
+        if len(messages) > self._most and max(map(len, messages.split(b"\n"))) > self._most:
+            return self._too_long(direction)
+        wrong = self._judges[direction].wrong_among(messages)
+        if wrong:
+            return Abort(f"{direction}: {wrong}")
         if len(data) - end > self._most:
             return self._too_long(direction)
         held.append(data[end:])
