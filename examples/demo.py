@@ -340,6 +340,7 @@ def main() -> int:
         down = system.sluice("down")
         if down.returncode != 0:
             screen.came(down.stdout + down.stderr)
+        system.sluice("wipe", "--all", "--yes")  # the files of domains are not ours to delete
         shutil.rmtree(root, ignore_errors=True)
     print(f"\nin {time.monotonic() - begun:.0f} s", end="")
     print(f", {screen.hidden} things could not be shown here" if screen.hidden else "")

@@ -89,3 +89,22 @@ def test_a_domain_killed_ends_the_calls_of_others_to_it(system: System) -> None:
         assert running.run("a", "echo still here") == (0, "still here\n")
         # The next call starts the domain again.
         assert running.run("a", "echo again | qrexec-client-vm b test.Echo") == (0, "again\n")
+
+
+def test_what_domains_kept_can_be_deleted_when_the_system_is_down(system: System) -> None:
+    with system.up() as running:
+        assert running.run("a", "mkdir -p deep/er; echo kept > deep/er/file; chmod 0 deep") == (
+            0,
+            "",
+        )
+        refused = system.sluice("wipe", "a", "--yes")
+        assert refused.returncode != 0 and "runs here already" in refused.stderr
+    place = system.root / "state" / "appvms"
+    unknown = system.sluice("wipe", "c", "--yes")
+    assert unknown.returncode != 0 and "known: a, b" in unknown.stderr
+    asked = system.sluice("wipe", "a", input="n\n")
+    assert asked.returncode != 0 and (place / "a").exists()
+    assert system.sluice("wipe", "a", "--yes").returncode == 0
+    assert not (place / "a").exists() and (place / "b").exists()
+    with system.up() as running:
+        assert running.run("a", "ls deep 2>/dev/null; echo fresh") == (0, "fresh\n")

@@ -15,6 +15,7 @@ LAZY: dict[str, str] = {
     "down": "sluice.cli.down:command",
     "start": "sluice.cli.domain:start",
     "stop": "sluice.cli.domain:stop",
+    "wipe": "sluice.cli.wipe:command",
     "ls": "sluice.cli.ls:command",
     "shell": "sluice.cli.shell:command",
     "run": "sluice.cli.run:command",

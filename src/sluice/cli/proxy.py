@@ -94,13 +94,15 @@ def check(config: str | None) -> None:
 def chains(config: str | None) -> None:
     """List the chains."""
     from sluice.proxy.configuration import load
+    from sluice.proxy.show import in_column
 
     found = load(config).chains
     width = max(map(len, found), default=0)
     for chain in found.values():
         names = ", ".join(use.name for use in chain.uses) or "(no filter)"
-        about = f"  {chain.description}" if chain.description else ""
-        click.echo(f"{chain.name:{width}}  {names}{about}")
+        about = f": {chain.description}" if chain.description else ""
+        for line in in_column(chain.name, f"{names}{about}", width):
+            click.echo(line)
 
 
 @command.command("filters")
@@ -110,7 +112,7 @@ def chains(config: str | None) -> None:
 def filters_command(config: str | None, name: str | None) -> None:
     """List the filters there are, or one with its options."""
     from sluice.proxy.loader import Filters
-    from sluice.proxy.show import filter_lines, summary
+    from sluice.proxy.show import filter_lines, in_column, summary
 
     known = Filters(_directories(config))
     if name is not None:
@@ -121,7 +123,8 @@ def filters_command(config: str | None, name: str | None) -> None:
     width = max(map(len, names))
     for each, origin in names.items():
         about = summary(known.get(each)) if origin == "built in" else origin
-        click.echo(f"{each:{width}}  {about}")
+        for line in in_column(each, about, width):
+            click.echo(line)
 
 
 def _directories(config: str | None) -> list[str]:

@@ -76,7 +76,7 @@ def prepared(paths: Paths, system_file: Path) -> Iterator[AdminVM]:
 
     system = load(system_file)
     paths.create()
-    lock = _lock(paths)
+    lock = hold_lock(paths)
     try:
         _sweep(paths)
         with Store(paths.store) as store:
@@ -115,7 +115,7 @@ def make_sandboxes(
     return made
 
 
-def _lock(paths: Paths) -> int:
+def hold_lock(paths: Paths) -> int:
     """Make sure that this is the only AdminVM of the system; the lock ends with the process."""
     descriptor = os.open(paths.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -235,6 +235,16 @@ class Bubblewrap:
         self._spaces.clear()
         remove_groups(self._controllers)
 
+    async def wipe(self, domain: DomainConfig) -> None:
+        """Remove what a halted domain keeps. Raises LocalError where some of it stays."""
+        place = self._paths.appvms / domain.name
+        ids = self.id_map(domain)
+        spaces = await self.spaces(domain, ids)
+        for name in ("private", "private.new", "process"):
+            await remove(place, name, spaces if ids.mode != RANGES else None)
+        with contextlib.suppress(FileNotFoundError):
+            place.rmdir()
+
     async def start(self, domain: DomainConfig, control: socket.socket) -> RunningBubblewrap:
         """Start the domain's agent; see ``Sandbox.start``."""
         plan = mounts.Plan()
