@@ -9,7 +9,6 @@ import click
 
 from sluice.cli.common import places, root_option, tell_errors
 from sluice.cli.up import hold_lock
-from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.store import Store
 from sluice.errors import LocalError
@@ -35,28 +34,29 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, root: str | Non
     lock = hold_lock(paths)
     try:
         with Store(paths.store) as store:
-            known = {identity.name: identity for identity in store.identities()}
+            # A tree may be there without an identity, and the other way round.
+            known = {identity.name for identity in store.identities()}
+            known |= {entry.name for entry in paths.appvms.iterdir()}
             unknown = [name for name in names if name not in known]
             if unknown:
-                raise LocalError(f"there is no domain {unknown[0]!r} (known: {', '.join(known)})")
-            chosen = [known[name] for name in names or known]
+                listed = ", ".join(sorted(known)) or "none"
+                raise LocalError(f"there is no domain {unknown[0]!r} (known: {listed})")
+            chosen = sorted(names or known)
             if chosen and not yes:
-                text = ", ".join(identity.name for identity in chosen)
-                click.confirm(f"Delete all files of {text}?", abort=True)
-            domains = [DomainConfig(name=i.name, qid=i.qid, uuid=i.uuid) for i in chosen]
-            asyncio.run(_wipe(paths, domains, store))
+                click.confirm(f"Delete all files of {', '.join(chosen)}?", abort=True)
+            asyncio.run(_wipe(paths, chosen, store))
     finally:
         os.close(lock)
 
 
-async def _wipe(paths: Paths, domains: list[DomainConfig], store: Store) -> None:
+async def _wipe(paths: Paths, names: list[str], store: Store) -> None:
     from sluice.domains.sandbox.bubblewrap import Bubblewrap
 
     sandbox = Bubblewrap(paths)
     try:
-        for domain in domains:
-            if (paths.appvms / domain.name).exists():
-                await sandbox.wipe(domain)
-            store.forget(domain.name)
+        for name in names:
+            if (paths.appvms / name).exists():
+                await sandbox.wipe(name)
+            store.forget(name)
     finally:
         sandbox.close()

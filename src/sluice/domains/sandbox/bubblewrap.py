@@ -34,7 +34,7 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox import etc, mounts, namespaces, seccomp, stage
 from sluice.domains.sandbox.base import CONTROL_ENVIRONMENT, Limit
-from sluice.domains.sandbox.ids import RANGES, SINGLE, USER_INSIDE, IdMap, Ids, Slots, detect
+from sluice.domains.sandbox.ids import SINGLE, SUBORDINATE, USER_INSIDE, IdMap, Ids, Slots, detect
 from sluice.domains.sandbox.limits import (
     MAX_DESCRIPTORS,
     DomainLimits,
@@ -45,7 +45,7 @@ from sluice.domains.sandbox.limits import (
     wanted,
 )
 from sluice.domains.sandbox.namespaces import Namespaces
-from sluice.domains.sandbox.private import prepare, remove
+from sluice.domains.sandbox.private import prepare, remove, remove_as_all_ids
 from sluice.domains.sandbox.supplies import supplies
 from sluice.errors import LocalError, ResourceError
 
@@ -235,13 +235,15 @@ class Bubblewrap:
         self._spaces.clear()
         remove_groups(self._controllers)
 
-    async def wipe(self, domain: DomainConfig) -> None:
-        """Remove what a halted domain keeps. Raises LocalError where some of it stays."""
-        place = self._paths.appvms / domain.name
-        ids = self.id_map(domain)
-        spaces = await self.spaces(domain, ids)
-        for name in ("private", "private.new", "process"):
-            await remove(place, name, spaces if ids.mode != RANGES else None)
+    async def wipe(self, name: str) -> None:
+        """Remove what the halted domain ``name`` keeps. Raises LocalError if some of it stays."""
+        place = self._paths.appvms / name
+        for tree in ("private", "private.new", "process"):
+            if self.ids.mode == SUBORDINATE:
+                # All our subordinate ids at once: the tree may be that of an earlier system.
+                await remove_as_all_ids(place, tree)
+            else:
+                await remove(place, tree, None)
         with contextlib.suppress(FileNotFoundError):
             place.rmdir()
 

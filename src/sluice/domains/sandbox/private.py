@@ -19,6 +19,7 @@ from sluice.domains.sandbox.ids import RANGES, IdMap
 from sluice.domains.sandbox.namespaces import Namespaces
 from sluice.domains.trees import remove_tree
 from sluice.errors import LocalError
+from sluice.wire.names import escape
 
 TREES = ("rw", "home", "usrlocal")
 
@@ -90,3 +91,22 @@ async def remove(place: Path, name: str, spaces: Namespaces | None) -> None:
         raise LocalError(f"{place / name}: cannot be removed: {error.strerror}") from error
     finally:
         os.close(directory)
+
+
+async def remove_as_all_ids(place: Path, name: str) -> None:
+    """Remove one tree whose files belong to any of our subordinate ids.
+
+    Raises LocalError where some of it stays.
+    """
+    if not os.path.lexists(place / name):
+        return
+    process = await asyncio.create_subprocess_exec(
+        *("unshare", "--user", "--map-root-user", "--map-auto", "--"),
+        *(runtime.INTERPRETER, "-IS", runtime.launcher("sluice-remove-tree"), name),
+        cwd=place,
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate()
+    if process.returncode != 0:
+        raise LocalError(f"{place / name}: cannot be removed: {escape(said.strip())}")
