@@ -83,7 +83,7 @@ def to_svg(graph: Graph, title: str = "Permitted calls") -> str:
     longest = max(map(len, caption), default=0) * 7.0 + 60
     width, height = round(max(layout.width, longest)), round(layout.height + below + 20)
     words = "".join(
-        f'<text x="30" y="{layout.height + _LINE * (number + 1):.0f}">{html(line)}</text>\n'
+        f'<text x="{30 if line[0] != " " else 46}" y="{layout.height + _LINE * (number + 1):.0f}">{html(line)}</text>\n'
         for number, line in enumerate(caption)
     )
     return (

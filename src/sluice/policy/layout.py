@@ -139,6 +139,7 @@ def _place(
     for _ in range(8):
         for column in slots:
             _relax(column, y, near, height)
+    _close_gaps(y, height)
     top = min((y[s] - height(s) / 2 for s in y), default=0.0) - 40
     bottom = max((y[s] + height(s) / 2 for s in y), default=0.0) + 40
     x, right = _columns(sizes, slots)
@@ -172,6 +173,18 @@ def _relax(
                 at = max(at, limit + half) if forward else min(at, limit - half)
             y[slot] = at
             limit = at + half + ROW_GAP if forward else at - half - ROW_GAP
+
+
+def _close_gaps(y: dict[Slot, float], height: Callable[[Slot], float]) -> None:
+    """Move up whatever lies below a band that is empty in every column."""
+    shift = 0.0  # how far up everything from here on moves
+    bottom: float | None = None  # of all above, before moving
+    for slot in sorted(y, key=lambda slot: y[slot] - height(slot) / 2):
+        half = height(slot) / 2
+        if bottom is not None and y[slot] - half - bottom > ROW_GAP:
+            shift += y[slot] - half - bottom - ROW_GAP
+        bottom = max(y[slot] + half, bottom if bottom is not None else y[slot] + half)
+        y[slot] -= shift
 
 
 def _columns(

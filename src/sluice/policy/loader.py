@@ -72,7 +72,8 @@ def select(names: Sequence[str], directory: str, files: Files) -> list[str]:
         if not files.is_file(path):
             continue
         if not _FILE_NAME.issuperset(name):
-            raise PolicyLoadError(f"invalid filename: {escape(path)}", file=path)
+            shown = escape(path)
+            raise PolicyLoadError(f"invalid filename: {shown}", file=shown)
         chosen.append(name)
     return chosen
 
