@@ -28,7 +28,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, root: str | Non
     paths = places(root)
     if bool(names) == everything:
         raise LocalError("name the domains, or say --all")
-    if not paths.store.exists():
+    if not paths.appvms.exists():
         raise LocalError(f"{paths.state}: no system has kept anything here")
     paths.create()
     lock = hold_lock(paths)

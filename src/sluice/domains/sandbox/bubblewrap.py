@@ -34,7 +34,16 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox import etc, mounts, namespaces, seccomp, stage
 from sluice.domains.sandbox.base import CONTROL_ENVIRONMENT, Limit
-from sluice.domains.sandbox.ids import SINGLE, SUBORDINATE, USER_INSIDE, IdMap, Ids, Slots, detect
+from sluice.domains.sandbox.ids import (
+    RANGES,
+    SINGLE,
+    SUBORDINATE,
+    USER_INSIDE,
+    IdMap,
+    Ids,
+    Slots,
+    detect,
+)
 from sluice.domains.sandbox.limits import (
     MAX_DESCRIPTORS,
     DomainLimits,
