@@ -8,6 +8,10 @@ of the resident form. Any other name: the command ``sluice``, of which only ``pr
 import os
 import sys
 
+import sluice_libraries
+
+sluice_libraries.install()
+
 name = sys.argv[0].rpartition("/")[2]
 if sys.argv[1:2] == ["--program"]:
     name = sys.argv[2]

@@ -55,6 +55,11 @@ import importlib, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
 from sluice.runtime import add_site_packages
 add_site_packages()
+try:
+    import sluice_libraries
+    sluice_libraries.install()
+except ImportError:
+    pass
 import sluice
 count = 0
 for module in pkgutil.walk_packages(sluice.__path__, "sluice."):
