@@ -83,8 +83,8 @@ def to_svg(graph: Graph, title: str = "Permitted calls") -> str:
     longest = max(map(len, caption), default=0) * 7.0 + 60
     width, height = round(max(layout.width, longest)), round(layout.height + below + 20)
     words = "".join(
-        f'<text x="{30 if line[0] != " " else 46}" y="{layout.height + _LINE * (number + 1):.0f}">{html(line)}</text>\n'
-        for number, line in enumerate(caption)
+        f'<text x="{46 if line[0] == " " else 30}" y="{y:.0f}">{html(line)}</text>\n'
+        for y, line in zip(itertools.count(layout.height + _LINE, _LINE), caption, strict=False)
     )
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
