@@ -122,7 +122,7 @@ def filters_command(config: str | None, name: str | None) -> None:
     names = known.names()
     width = max(map(len, names))
     for each, origin in names.items():
-        about = summary(known.get(each)) if origin == "built in" else origin
+        about = summary(known.get(each)).replace("``", "'") if origin == "built in" else origin
         for line in in_column(each, about, width):
             click.echo(line)
 

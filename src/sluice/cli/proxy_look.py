@@ -198,9 +198,12 @@ def table_of(calls: list[dict[str, Any]], rates: Any, chosen: int | None) -> Tab
     from sluice.proxy.units import show_size
     from sluice.wire.names import escape
 
-    table = Table(box=None, pad_edge=False, title=f"{len(calls)} calls under way")
-    for column in ("source", "target", "service", "chain", "state", "time"):
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
+    table = Table(box=None, pad_edge=False, expand=True, title=f"{len(calls)} calls under way")
+    # What a narrow terminal cuts is the service; names of domains have a column of their own size.
+    widths = {"source": 12, "target": 12, "service": None, "chain": 10, "state": 7, "time": 5}
+    for column, width in widths.items():
+        share = 1 if width is None else None
+        table.add_column(column, overflow="ellipsis", no_wrap=True, max_width=width, ratio=share)
     for column in ("->", "->/s", "<-", "<-/s"):
         table.add_column(column, justify="right", no_wrap=True)
     now = time.monotonic()

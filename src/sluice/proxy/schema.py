@@ -259,6 +259,8 @@ def show_value(kind: Any, value: Any) -> str:
     """Write a value of a type as it would stand in the configuration."""
     if value is MISSING:
         return "(required)"
+    if value is None:
+        return "(none)"
     if value == -1 and kind in (_SizeLimit, _DurationLimit):
         return "-1"
     if kind in (_Duration, _DurationLimit):

@@ -89,7 +89,7 @@ def filter_lines(cls: type[Any]) -> Iterator[str]:
     yield cls.name
     yield ""
     for paragraph in (inspect.getdoc(cls) or "").split("\n\n"):
-        yield from textwrap.wrap(" ".join(paragraph.split()), WIDTH)
+        yield from textwrap.wrap(" ".join(paragraph.replace("``", "'").split()), WIDTH)
         yield ""
     fields = fields_of(cls.Options)
     if not fields:
@@ -103,3 +103,13 @@ def filter_lines(cls: type[Any]) -> Iterator[str]:
     aliases = getattr(cls, "aliases", ())
     if aliases:
         yield "Earlier names: " + ", ".join(f"{old} = {new}" for old, new in aliases)
+
+
+def in_column(name: str, text: str, width: int) -> list[str]:
+    """Return ``name`` and, in a column behind ``width`` characters, the text beside it."""
+    column = min(width, WIDTH // 3) + 2
+    lines = textwrap.wrap(text, WIDTH - column) or [""]
+    if len(name) > column - 2:
+        lines.insert(0, "")
+    first, *more = lines
+    return [f"{name:{column}}{first}".rstrip(), *(" " * column + line for line in more)]
