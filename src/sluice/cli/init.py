@@ -83,23 +83,6 @@ USER_POLICY = """\
 # qubes.ConnectTCP  +8080  untrusted  @adminvm  allow
 """
 
-# docs/spec/policy.md 24.
-POLICIES = {
-    "35-compat.policy": "# Rules of the old format, if there are any, come here.\n!compat-4.0\n",
-    "90-admin-policy-default.policy": "".join(
-        f"!include-service {name} * include/admin-policy-{access}\n"
-        for access, names in (
-            ("ro", ("List", "include.List", "Get", "include.Get", "GetFiles")),
-            ("rwx", ("Replace", "include.Replace", "Remove", "include.Remove")),
-        )
-        for name in (f"policy.{word}" for word in names)
-    ),
-    "include/admin-policy-ro": (
-        "# SOURCE TARGET ACTION: who may read the policy\n!include include/admin-policy-rwx\n"
-    ),
-    "include/admin-policy-rwx": "# SOURCE TARGET ACTION: who may change the policy\n",
-}
-
 
 @click.command()
 @root_option
@@ -147,5 +130,8 @@ def lay(paths: Paths) -> list[Path]:
 
 
 def default_policies() -> dict[str, str]:
-    """Return the shipped policy files (policy.md 24): name below policy.d -> content."""
-    return dict(POLICIES)
+    """Return the shipped policy files (policy.md 24 and 31): name below policy.d -> content."""
+    from sluice.policy.shipped import shipped_files
+
+    files = shipped_files(compat=True)  # with policy.legacy, which ``lay`` makes
+    return {name: text.decode() for name, text in files.items() if name != "README"}
