@@ -188,7 +188,11 @@ def main() -> int:
     descriptor = int(os.environ.pop(INIT_VARIABLE, "-1"))
     user = int(os.environ.pop(USER_VARIABLE, "-1"))
     hide_from_others()
-    _close_all_but({descriptor, int(os.environ.get(CONTROL_VARIABLE, "-1"))})
+    control = int(os.environ.get(CONTROL_VARIABLE, "-1"))
+    _close_all_but({descriptor, control})
+    if control >= 0:
+        # Before anything of the domain's own is started: the channel is for nobody else.
+        os.set_inheritable(control, False)
     for directory, mode in DIRECTORIES:
         os.mkdir(directory)
         os.chmod(directory, mode)

@@ -182,6 +182,11 @@ class Bubblewrap:
     """Starts domains as bubblewrap sandboxes, for one system."""
 
     kind = "bubblewrap"
+    first_process: tuple[str, ...] = (
+        runtime.INTERPRETER,
+        "-IS",
+        f"{runtime.INSIDE_BIN}/sluice-domain-init",
+    )
 
     def __init__(
         self,
@@ -336,7 +341,6 @@ class Bubblewrap:
             plan.add("--setenv", name, str(value))
         plan.add("--json-status-fd", str(status_write))
         arguments = plan.memory(b"".join(os.fsencode(word) + b"\0" for word in plan.arguments))
-        agent = [runtime.INTERPRETER, "-IS", f"{runtime.INSIDE_BIN}/sluice-domain-init"]
         inherited = [*plan.descriptors, control.fileno()]
         inherited.remove(status)
         inherited.remove(archive_write)
@@ -344,7 +348,7 @@ class Bubblewrap:
             inherited += [spaces.outer, spaces.inner]
         held = DomainLimits(self._controllers, domain.name, wanted(domain))
         staged = stage.spawn(
-            ["bwrap", "--args", str(arguments), "--", *_become_root(ids), *agent],
+            ["bwrap", "--args", str(arguments), "--", *_become_root(ids), *self.first_process],
             descriptors=inherited,
         )
         for descriptor in (status_write, archive):
