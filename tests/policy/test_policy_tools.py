@@ -279,6 +279,7 @@ def test_wrong_tables(line: str) -> None:
     assert (caught.value.file, caught.value.line) == ("t", 3)
 
 
+@pytest.mark.spec("POL-244")
 def test_shipped_policies() -> None:
     """The table that comes with them holds, but for the Admin API it uses every rule."""
     table = parse_table(shipped.CASES.read_text(), str(shipped.CASES))
