@@ -616,7 +616,7 @@ def test_idle_calls_cost_the_server_nothing() -> None:
 
         eventually(lambda: wakeups() == (time.sleep(0.2), wakeups())[1], 10)
         before = wakeups()
-        time.sleep(3)
+        time.sleep(1.5)
         assert wakeups() == before
         for sock in socks:
             sock.close()
@@ -631,3 +631,98 @@ def test_serve_tells_what_is_wrong_and_exits(server: Resident) -> None:
         )  # fmt: skip
         assert done.returncode == 125 and b"unknown filter" in done.stderr
     assert alive(server.process.pid)
+
+
+_SLOW = '''
+import time
+
+from sluice.proxy.options import Duration
+from sluice.proxy.verdicts import Replace
+
+
+class Slow:
+    """Takes its time."""
+
+    name = "slow"
+    inspects = (0,)
+    blocking = True
+
+    class Options:
+        """What can be set.
+
+        seconds: how long
+        """
+
+        seconds: Duration = 60.0
+
+    def __init__(self, options, link):
+        self._seconds = options.seconds
+
+    def data(self, direction, chunk):
+        time.sleep(self._seconds)
+        return Replace(bytes(chunk).upper())
+'''
+
+
+@pytest.mark.spec("PROXY-065")
+def test_a_filter_that_blocks_gets_a_process_of_its_own(tmp_path: Path) -> None:
+    with resident(start=False) as server:
+        (tmp_path / "slow.py").write_text(_SLOW)
+        server.qube.configure("", f'filters = ["{tmp_path}"]')
+        server.qube.chain("pass", '"pass"')
+        server.qube.chain("slow", "'slow'", "{ use = 'byte-limit', src2dst = 3 }")
+        server.qube.chain("quick", "{ use = 'slow', seconds = '10ms' }")
+        server.start()
+        slow = server.launch("slow+vault+mirror")
+        slow.stdin.write(b"x")
+        slow.stdin.flush()
+        eventually(server.qube.pids, 10)
+        begun = time.monotonic()
+        assert server.call("quick+vault+mirror", b"abc").stdout == b"ABC"
+        assert server.call("pass+vault+mirror", b"abc").stdout == b"abc"
+        assert time.monotonic() - begun < 5
+        names = [filter["name"] for filter in server.qube.records()[0]["filters"]]
+        assert names == ["slow"]
+        slow.kill()
+        eventually(lambda: not left_over(server.qube) and not server.calls(), 5)
+
+
+@pytest.mark.soak
+@pytest.mark.spec("PROXY-054")
+def test_256_launchers_at_once_all_complete() -> None:
+    with resident(start=False) as server:
+        server.start()
+        running = [server.launch("pass+vault+mirror", f"s{number % 8}") for number in range(256)]
+        eventually(lambda: len(server.calls()) == 256, 60)
+        assert server.call("pass+vault+mirror", b"x", "other").returncode == 126
+        for number, process in enumerate(running):
+            process.stdin.write(b"%d" % number)
+            process.stdin.close()
+        for number, process in enumerate(running):
+            assert process.stdout.read() == b"%d" % number
+            assert process.wait(30) == 0
+        assert len(server.qube.records()) == 257
+
+
+@pytest.mark.soak
+@pytest.mark.spec("PROXY-022")
+def test_a_thousand_idle_calls_cost_nothing() -> None:
+    with resident(start=False) as server:
+        server.qube.configure("", "max_calls = 1000\nmax_calls_source = 1000\n")
+        server.qube.chain("raw", "{ use = 'byte-limit', src2dst = '1M' }", rules=RAW)
+        server.start()
+        socks = [server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") for _ in range(1000)]
+        assert all(sock.recv(1) == b"x" for sock in socks)
+        time.sleep(1)
+        fields = Path(f"/proc/{server.process.pid}/stat")
+
+        def ticks() -> int:
+            stat = fields.read_text().rsplit(")", 1)[1].split()
+            return int(stat[11]) + int(stat[12])
+
+        before = ticks()
+        time.sleep(10)
+        assert ticks() == before
+        for sock in socks:
+            sock.close()
+        eventually(lambda: not server.calls() and not left_over(server.qube), 60)

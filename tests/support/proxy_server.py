@@ -98,8 +98,9 @@ class Resident:
     def raw(self, text: bytes) -> socket.socket:
         """Connect to the raw socket as the agent does, and write ``text``."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(10)
+        # Blocking, as the agent does it: where the queue is full that waits.
         sock.connect(f"{self.directory}/raw.sock")
+        sock.settimeout(10)
         sock.sendall(text)
         return sock
 
