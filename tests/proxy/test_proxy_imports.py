@@ -10,7 +10,8 @@ from tests.support.proxy import ROOT, vm
 # Beside modules of Sluice. Each of these is built into the interpreter or costs next to nothing.
 ALLOWED = {
     "__future__", "_functools", "_heapq", "_signal", "_socket", "_struct", "_thread", "_weakref",
-    "errno", "fcntl", "marshal", "select", "struct", "time", "posix",
+    "errno", "fcntl", "marshal", "select", "struct", "time", "posix", "os", "os.path", "posixpath",
+    "genericpath", "stat", "_stat", "_collections_abc",
 }  # fmt: skip
 
 
