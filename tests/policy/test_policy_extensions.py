@@ -266,7 +266,7 @@ def test_refusals_are_folded() -> None:
     limits.take(call)
     denied, verdict = limits.apply(call)
     assert isinstance(denied, Deny)
-    assert (denied.cause, denied.notify, verdict.log) == ("LIMIT", False, True)
+    assert (denied.cause, denied.notify, verdict.log) == ("limit", False, True)
     assert "policy:2" in denied.message
     assert verdict.retry_after == 3600
     assert [limits.take(call).log for _ in range(50)] == [False] * 50

@@ -16,7 +16,7 @@ from sluice.policy.evaluation import Policy
 from sluice.policy.rules import Rule
 
 
-@click.command()
+@click.command(short_help="Show which calls two policies decide differently.")
 @click.argument("old", type=click.Path(exists=True))
 @click.argument("new", type=click.Path(exists=True))
 @click.option("--all", "show_all", is_flag=True, help="Show every pair of a group.")

@@ -19,7 +19,7 @@ from sluice.wire.names import escape
 _VERBS = {Allow: "allow", Ask: "ask", Deny: "deny"}
 
 
-@click.command()
+@click.command(short_help="Say how a call is decided, and why.")
 @click.argument("source")
 @click.argument("target")
 @click.argument("service", metavar="SERVICE[+ARG]")

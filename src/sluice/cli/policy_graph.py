@@ -11,7 +11,7 @@ from sluice.policy.graph import build
 _WRITERS = {"svg": to_svg, "html": to_html, "dot": to_dot}
 
 
-@click.command()
+@click.command(short_help="Draw who may call whom: SVG, HTML, DOT.")
 @click.option(
     "--format",
     "form",

@@ -20,7 +20,7 @@ from sluice.policy.rules import Rule
 _SERVICE_DIRECTORIES = ("/etc/qubes-rpc", "/usr/local/etc/qubes-rpc")
 
 
-@click.command()
+@click.command(short_help="Find what is wrong, or odd, with a policy.")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @click.option("-i", "--include-service", is_flag=True, help="FILEs are in service format.")
 @click.option("--services", metavar="DIR", multiple=True, help="Services that exist (repeatable).")

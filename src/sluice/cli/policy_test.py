@@ -11,6 +11,7 @@ import click
 
 from sluice.cli.policy_common import Place, place_options, read_system_info, tell_policy_errors
 from sluice.errors import LocalError
+from sluice.policy import cases
 from sluice.policy.cases import Coverage, Failure, Table, coverage, parse_table, run_case
 from sluice.policy.decisions import settle
 from sluice.policy.evaluation import Policy
@@ -19,7 +20,18 @@ from sluice.policy.rules import Rule
 from sluice.policy.system_info import SystemInfo
 
 
-@click.command()
+def _help() -> str:
+    """Return the help: what it does, and the format of the tables, paragraph by paragraph."""
+    intro = (
+        "Run the cases of FILEs. Exit status 0 if all hold, 1 if not, or if the rules are covered "
+        "less than PERCENT."
+    )
+    paragraphs = (cases.__doc__ or "").strip().replace("``", "").split("\n\n")
+    # \b: click shall not join the lines of a paragraph.
+    return "\n\n".join([intro, *(f"\b\n{paragraph}" for paragraph in paragraphs)])
+
+
+@click.command(help=_help(), short_help="Run tables of calls and expected decisions.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--coverage", "show_coverage", is_flag=True, help="List the rules never used.")
 @click.option("--min-coverage", type=click.FloatRange(0, 100), metavar="PERCENT")
@@ -33,10 +45,7 @@ def command(
     as_json: bool,
     place: Place,
 ) -> None:
-    """Run the cases of FILEs; see docs for their format (sluice.policy.cases).
-
-    Exit status 0 if all hold, 1 if not, or if the rules are covered less than PERCENT.
-    """
+    """Run the cases and print what did not hold, and the coverage."""
     failures: list[Failure] = []
     count = 0
     covered: list[tuple[str, Coverage]] = []

@@ -13,7 +13,7 @@ from sluice.policy.classes import World
 from sluice.policy.reach import Reach, Step, what_can
 
 
-@click.command()
+@click.command(short_help="List what a domain can reach.")
 @click.argument("source")
 @click.option("--direct", is_flag=True, help="Only what it reaches itself.")
 @click.option("--no-ask", is_flag=True, help="Leave out what a person would have to allow.")

@@ -13,7 +13,7 @@ from sluice.policy.classes import UNKNOWN, World
 from sluice.policy.reach import Reach, who_can
 
 
-@click.command()
+@click.command(short_help="List who can reach a service of a domain.")
 @click.argument("service", metavar="SERVICE[+ARG]")
 @click.argument("domain")
 @click.option("--all", "show_all", is_flag=True, help="Name every target that can be asked for.")

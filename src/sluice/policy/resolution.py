@@ -31,7 +31,7 @@ class Cause(StrEnum):
     RS_NOT_REMOTE = "RS-NOT-REMOTE"
     RS_WRONG_RELAY = "RS-WRONG-RELAY"
     BAD_TARGET = "BAD-TARGET"
-    LIMIT = "LIMIT"  # over the limit= of the rule (section 31)
+    LIMIT = "limit"  # over the limit= of the rule; spelled as in section 31
     POLICY_SYNTAX = "POLICY-SYNTAX"  # the policy has a syntax error: silent
     POLICY_LOAD = "POLICY-LOAD"  # the policy cannot be read: notified
     SYSTEM_INFO = "SYSTEM-INFO"  # there is no system information: silent
