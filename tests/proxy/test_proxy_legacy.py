@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tests.support.proxy import PROGRAM, Vm, alive, eventually, vm
 from tests.support.proxy_server import COMMAND, Resident, left_over, resident
 
@@ -154,8 +155,6 @@ def test_one_way(old: Old) -> None:
 
 @pytest.mark.spec("PROXY-016")
 def test_all_eleven_are_there_and_check_says_who_may_use_them(old: Old) -> None:
-    from click.testing import CliRunner
-
     assert len(load(str(old.directory)).chains) == 11
     done = CliRunner().invoke(main, ["proxy", "check", "--config", str(old.directory)])
     assert done.exit_code == 0 and "any call may use it" in done.output
@@ -300,6 +299,36 @@ def test_plugins_in_a_toml_chain_and_in_the_command_form(old: Old) -> None:
     qube.chain("typo", "'cesar'")
     with pytest.raises(ConfigError, match="unknown filter 'cesar'"):
         load(str(qube.config))
+
+
+@pytest.mark.spec("PROXY-016", "PROXY-051")
+def test_import_gives_the_same_chains_in_toml(old: Old) -> None:
+    chains = json.loads((DATA / "config.json").read_text())
+    chains["own"] = {
+        "plugins": ["letter", "byte_limit", "caesar", "caesar", "letter"],
+        "config": {
+            "0": {"src2dst_limit": 5},
+            "1": {"by": 1, "text": 'x"\\\x7f\U0001f600', "deep": {"a b": [1, 2.5, True]}},
+            "src_plugin": {"text": "Hello", "answer": None},
+        },
+    }
+    old.write(chains)
+    before = load(str(old.directory))
+    target = old.qube.directory / "new.toml"
+    done = CliRunner().invoke(main, ["proxy", "import", str(old.config)])
+    assert done.exit_code == 0, done.output
+    target.write_text(done.output)
+    after = load(str(target))
+    assert list(after.chains) == list(before.chains)
+    for name, chain in before.chains.items():
+        new = after.chains[name]
+        assert [(u.cls, u.values) for u in new.uses] == [(u.cls, u.values) for u in chain.uses]
+        assert (new.legacy is None) == (chain.legacy is None)
+        assert not new.require_exit_code and new.services == new.targets == "any"
+    one, two = before.chains["own"].legacy, after.chains["own"].legacy
+    assert one is not None and two is not None
+    assert one["elements"] == two["elements"] and one["dst"] == two["dst"]
+    assert two["src"]["config"] == {"text": "Hello"}
 
 
 # --- a process of its own -------------------------------------------------------------------------

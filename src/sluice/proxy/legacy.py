@@ -8,6 +8,7 @@ aliases of ours. Where a chain names a plugin that is no filter of ours, it must
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from sluice.errors import ConfigError
@@ -157,6 +158,14 @@ def _translated(plugin: str, given: dict[str, Any]) -> dict[str, Any]:
 def as_toml(configuration: Configuration) -> str:
     """Return the chains of an imported configuration as TOML (``sluice proxy import``)."""
     lines = [f"# Imported from {configuration.files[0]}.", ""]
+    directories = {
+        directory: None
+        for chain in configuration.chains.values()
+        if chain.legacy is not None
+        for directory in chain.legacy["directories"]
+    }
+    if directories:
+        lines += ["[proxy]", f"legacy_plugins = {_value(list(directories))}", ""]
     for chain in configuration.chains.values():
         lines.append(f"[chains.{_key(chain.name)}]")
         if chain.description:
@@ -166,30 +175,53 @@ def as_toml(configuration: Configuration) -> str:
             'targets = "any"    # and where',
             "require_exit_code = false",
         ]
-        if chain.legacy is not None:
-            lines.append("# This chain has plugins of the earlier proxy: keep it in config.json.")
-        elements = []
-        for use in chain.uses:
-            given = "".join(f", {option} = {_value(value)}" for option, value in use.values.items())
-            elements.append(
-                f'{{ use = "{use.cls.name}"{given} }}' if given else f'"{use.cls.name}"'
-            )
-        lines.append("filters = [" + "".join(f"\n  {element}," for element in elements) + "\n]")
-        lines.append("")
+        lines.append("filters = [")
+        for name, given in _elements(chain):
+            if given is None:
+                lines.append(f"  # {name}")
+                continue
+            options = "".join(f", {_key(key)} = {_value(value)}" for key, value in given.items())
+            lines.append(f"  {{ use = {_string(name)}{options} }}," if given else f'  "{name}",')
+        lines += ["]", ""]
     return "\n".join(lines)
 
 
+def _elements(chain: ChainConfig) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Yield what stands in a chain in order: name and options; a remark has None."""
+    from sluice.proxy.loader import BUILTIN
+
+    legacy = chain.legacy or legacy_parts([{"use": n} for n in range(len(chain.uses))], [], {})
+    for part in (legacy["src"], *legacy["elements"], legacy["dst"]):
+        if part is None:
+            continue
+        if "use" in part:
+            use = chain.uses[part["use"]]
+            yield use.cls.name, use.values
+            continue
+        if part["plugin"].replace("_", "-") in BUILTIN:
+            yield f"the plugin {part['file']} must get another name: this one is a filter's", None
+        yield part["plugin"], {key: v for key, v in part["config"].items() if v is not None}
+
+
 def _value(value: Any) -> str:
+    """Write a value as TOML; ``null``, which TOML has not, is left out of lists and tables."""
     if isinstance(value, str):
         return _string(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_value(item) for item in value if item is not None) + "]"
+    if isinstance(value, dict):
+        pairs = (f"{_key(str(k))} = {_value(v)}" for k, v in value.items() if v is not None)
+        return "{ " + ", ".join(pairs) + " }" if value else "{}"
     return show_value(type(value), value)
 
 
 def _string(text: str) -> str:
     import json
 
-    return json.dumps(text)
+    # Not JSON's pairs of surrogates, and DEL may not stand in TOML as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _key(name: str) -> str:
-    return name if "." not in name else _string(name)
+    bare = name.replace("-", "").replace("_", "")
+    return name if bare.isascii() and bare.isalnum() else _string(name)
