@@ -35,8 +35,10 @@ lint: env
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# What of the documentation is made: the pages of the filters and the pictures.
 docs: env
-	$(PYTHON) packaging/build-docs
+	$(PYTHON) docs/filters/build.py
+	$(PYTHON) docs/pictures/draw.py
 
 deb: env
 	$(PYTHON) packaging/build-deb
