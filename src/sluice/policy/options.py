@@ -102,24 +102,32 @@ def quick_action(rest: str) -> Action | None:
     verb = _VERBS.get(word)
     if verb is None:
         return None
-    texts: dict[str, str] = {}
-    allowed = _ALLOWED[verb]
+    target = default = user = notify = autostart = None
     for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or key in texts or key not in allowed:
+        key, _, value = option.partition("=")
+        if key == "notify" and notify is None:
+            notify = _YES_NO.get(value)
+            if notify is None:
+                return None
+        elif verb is Verb.DENY:
             return None
-        texts[key] = value
-    target, default = texts.get("target"), texts.get("default_target")
-    notify = texts.get("notify", "yes" if verb is Verb.DENY else "no")
-    autostart = texts.get("autostart", "yes")
-    if target is not None:
-        check(target, Column.REDIRECT)
-    if default is not None:
-        check(default, Column.REDIRECT)
-    if notify not in _YES_NO or autostart not in _YES_NO:
-        return None
-    user = texts.get("user") or None
-    fields = (verb, target, default, user, _YES_NO[notify], _YES_NO[autostart], (), None, None)
+        elif key == "target" and target is None:
+            check(value, Column.REDIRECT)
+            target = value
+        elif key == "user" and user is None and "=" in option:
+            user = value
+        elif key == "autostart" and autostart is None:
+            autostart = _YES_NO.get(value)
+            if autostart is None:
+                return None
+        elif key == "default_target" and default is None and verb is Verb.ASK:
+            check(value, Column.REDIRECT)
+            default = value
+        else:
+            return None
+    if notify is None:
+        notify = verb is Verb.DENY
+    fields = (verb, target, default, user or None, notify, autostart is not False, (), None, None)
     return tuple.__new__(Action, fields)
 
 

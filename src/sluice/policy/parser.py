@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -124,6 +124,17 @@ def check_call(service: Word, argument: Word) -> Iterator[tuple[str, int, int]]:
         yield "only * argument allowed for * service", argument.start, len(argument.text)
 
 
+def _calls_are_legal(services: Collection[str], arguments: Collection[str]) -> bool:
+    """Tell whether each is legal by itself: rows 2 to 4 of section 4.3, all at once."""
+    named = [service for service in services if service != WILDCARD]
+    given = [argument for argument in arguments if argument != WILDCARD]
+    return not (
+        _SERVICE_BAD.search("".join(named))
+        or _ARGUMENT_BAD.search("".join(given))
+        or any(argument[0] != "+" for argument in given)
+    )
+
+
 def _words(line: str) -> list[Word]:
     return [Word(match[0], match.start()) for match in _WORD.finditer(line)]
 
@@ -153,8 +164,6 @@ class _Parser:
         self.extensions = extensions
         self.fixed = fixed
         self.items: list[Item] = []
-        self.services: set[str] = set()
-        self.arguments: set[str] = set()
         self.sources: dict[str, Token] = {}
         self.targets: dict[str, Token] = {}
         self.actions: dict[str, Action] = {}
@@ -171,7 +180,21 @@ class _Parser:
         return Parsed(self.items, self.extensions, plain)
 
     def _parse_rules(self, lines: Sequence[str]) -> None:
-        services, arguments = self.services, self.arguments
+        """Parse the lines, trusting services and arguments at first: they are checked all at once.
+
+        If one is wrong everything is done again, checking each. Most files are not wrong.
+        """
+        for trusting in (True, False):
+            services: set[str] = set()
+            arguments: set[str] = set()
+            self.items.clear()
+            self._quick_pass(lines, services, arguments, trusting)
+            if _calls_are_legal(services, arguments):
+                return
+
+    def _quick_pass(
+        self, lines: Sequence[str], services: set[str], arguments: set[str], trusting: bool
+    ) -> None:
         sources, targets, actions = self.sources, self.targets, self.actions
         file, items, new = self.file, self.items, tuple.__new__
         for number, line in enumerate(lines, 1):
@@ -181,7 +204,9 @@ class _Parser:
             try:
                 service, argument, source, target, rest = fields
                 if rest not in actions:
-                    self._learn_action(rest)
+                    action = quick_action(rest)
+                    if action is not None:
+                        actions[rest] = action
                 if source not in sources:
                     self._learn_token(source, Column.SOURCE, sources)
                 if target not in targets:
@@ -193,37 +218,22 @@ class _Parser:
                 self._careful_line(line, fields, number)
                 continue
             if (
-                (service in services or self._learn_service(service))
-                and (argument in arguments or self._learn_argument(argument))
+                service[0] not in "#!"
                 and (service != WILDCARD or argument == WILDCARD)
                 and (target != DEFAULT or action.target or action.verb is not Verb.ALLOW)
+                and (trusting or _calls_are_legal((service,), (argument,)))
             ):
+                services.add(service)
+                arguments.add(argument)
                 items.append(new(Rule, rule))
             else:
                 self._careful_line(line, fields, number)
-
-    def _learn_service(self, service: str) -> bool:
-        if service != WILDCARD and _SERVICE_BAD.search(service):
-            return False
-        self.services.add(service)
-        return True
-
-    def _learn_argument(self, argument: str) -> bool:
-        if argument != WILDCARD and (argument[0] != "+" or _ARGUMENT_BAD.search(argument)):
-            return False
-        self.arguments.add(argument)
-        return True
 
     def _learn_token(self, word: str, column: Column, known: dict[str, Token]) -> None:
         token = recognise(word, column, extensions=self.extensions)
         if DEFAULT not in token.parts or token.text == DEFAULT:
             # A conjunction with @default would escape the quick pass's check of row 15.
             known[word] = token
-
-    def _learn_action(self, rest: str) -> None:
-        action = quick_action(rest)
-        if action is not None:
-            self.actions[rest] = action
 
     def _careful_line(self, line: str, fields: list[str], number: int) -> None:
         if fields[0][0] == "#":
