@@ -129,7 +129,7 @@ def test_a_call_whose_proxy_was_killed_has_one_record_as_soon_as_another_starts(
 def test_killed_between_its_record_and_its_end_a_call_has_still_one(tmp_path: Path) -> None:
     audit = Audit(str(tmp_path / "audit.jsonl"))
     unfinished = Unfinished(str(tmp_path / "state"), audit)
-    note = unfinished.note("abc", {"id": "abc", "cause": "killed"})
+    note = unfinished.note("abc", "work", {"id": "abc", "cause": "killed"})
     assert note is not None and unfinished.collect() == 0
     audit.write({"id": "abc", "cause": "done"})
     os.close(note._fd)
@@ -143,3 +143,30 @@ def test_without_a_place_for_the_state_calls_are_made_all_the_same(qube: Vm) -> 
     (qube.directory / "state").write_text("a file")
     assert qube.call("pass+vault+mirror", b"x").stdout == b"x"
     assert len(qube.records()) == 1
+
+
+@pytest.mark.spec("PROXY-054", "PROXY-055")
+def test_calls_at_once_are_bounded_where_each_is_a_process_too(qube: Vm) -> None:
+    qube.configure("", "max_calls = 3\nmax_calls_source = 2\n")
+    qube.chain("pass", '"pass"')
+    running = [qube.start("pass+vault+mirror", source=s) for s in ("work", "work", "personal")]
+    eventually(lambda: len(qube.pids()) == 3)
+    for source, reason in (("work", "max_calls_source"), ("other", "(max_calls)")):
+        begun = time.monotonic()
+        assert qube.call("pass+vault+mirror", b"x", source=source).returncode == 126
+        assert time.monotonic() - begun < 2
+        record = qube.records()[-1]
+        assert record["cause"] == "busy" and reason in record["reason"]
+    running[0].kill()
+    running[0].wait()
+    assert qube.call("pass+vault+mirror", b"x", source="work").stdout == b"x"
+    for process in running[1:]:
+        process.stdin.close()
+        assert process.wait(5) == 0
+
+
+def test_places_of_calls_that_are_over_leave_nothing_behind(qube: Vm) -> None:
+    qube.chain("few", "{ use = 'concurrent', limit = 2, per = 'source+service+target' }")
+    for argument in ("a", "b", "c"):
+        assert qube.call(f"few+vault+mirror+{argument}", b"x").stdout == b"x"
+    assert list((qube.directory / "state/concurrent").iterdir()) == []

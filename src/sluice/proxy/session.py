@@ -121,12 +121,18 @@ class Session:
         out_fd: int,
         on_end: Callable[[int], None],
         outlive: bool,
-    ) -> Flow:
+    ) -> Flow | None:
         log = self.log.of_call(call.ident, self.settings.log_lines)
         closed_reader = chain.on_closed_reader or self.settings.on_closed_reader
 
         killed = Cause("killed", "the proxy itself was killed")
-        note = self.unfinished.note(call.ident, refusal(call, killed))
+        note = self.unfinished.note(call.ident, call.source, refusal(call, killed))
+        reason = self._no_place(call) if call.form == "program" else None
+        if reason is not None:
+            self.turn_away(call, Cause("busy", reason, exit_code=126), in_fd, out_fd, on_end)
+            if note is not None:
+                note.done()
+            return None
 
         def ended(flow: Flow) -> None:
             log.flush()
@@ -156,6 +162,24 @@ class Session:
         )
         flow.start()
         return flow
+
+    def _no_place(self, call: Call) -> str | None:
+        """Return why there is no place for a call that is a process of its own, if there is none.
+
+        The resident form has a table of its calls; here the notes of those under way are counted.
+        """
+        settings = self.settings
+        for attempt in range(2):
+            calls, of_source = self.unfinished.under_way(call.source)
+            if calls <= settings.max_calls and of_source <= settings.max_calls_source:
+                return None
+            if attempt == 0:
+                # Some of these may be of processes that were killed.
+                self.unfinished.collect(4096)
+        most = settings.max_calls_source
+        if of_source > most:
+            return f"{most} calls of '{call.source}' are under way already (max_calls_source)"
+        return f"{settings.max_calls} calls are under way already (max_calls)"
 
     def _far_end(self, call: Call, chain: ChainConfig, given: FarEnd | None) -> FarEnd:
         """Return the far end: the given one, the ordinary one, or the process of the chain."""

@@ -57,19 +57,36 @@ def try_lock(path: str) -> int | None:
     Closing the descriptor lets go. Raises StateError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        fd = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise StateError(error.errno, error.strerror, path) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        try:
+            fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise StateError(error.errno, error.strerror, path) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine, there = os.fstat(fd), os.stat(path)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except FileNotFoundError:
+            # Removed by who held it, between our opening and locking it: that was another lock.
+            os.close(fd)
+            continue
+        except OSError as error:
+            os.close(fd)
+            raise StateError(error.errno, error.strerror, path) from None
+        if mine.st_ino == there.st_ino:
+            return fd
         os.close(fd)
-        return None
-    except OSError as error:
-        os.close(fd)
-        raise StateError(error.errno, error.strerror, path) from None
-    return fd
+
+
+def unlock(fd: int, path: str) -> None:
+    """Let go of a lock and remove its file, so that no trace is left of who needed it once."""
+    try:  # noqa: SIM105
+        os.unlink(path)
+    except OSError:
+        pass
+    os.close(fd)
 
 
 def read(path: str, limit: int = 1 << 20) -> bytes | None:

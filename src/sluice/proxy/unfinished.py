@@ -55,37 +55,49 @@ class Unfinished:
         self._base = base
         self._audit = audit
 
-    def note(self, ident: str, record: dict[str, Any]) -> Note | None:
-        """Keep the record of a call for the case that we are killed; None where that cannot be."""
-        if self._audit.path is None:
-            return None
+    def note(self, ident: str, source: str, record: dict[str, Any]) -> Note | None:
+        """Keep the record of a call for the case that we are killed; None where that cannot be.
+
+        ``source`` is a valid name; ``under_way`` counts by it.
+        """
         try:
             where = state.directory(self._base, "calls")
-            path = f"{where}/{ident}{_SUFFIX}"
+            path = f"{where}/{ident}+{source}{_SUFFIX}"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(path + ".new", flags, 0o600)
         except OSError:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(fd, os.fsencode(self._audit.path) + b"\n" + encode(record))
+            os.write(fd, os.fsencode(self._audit.path or "") + b"\n" + encode(record))
             os.rename(path + ".new", path)
         except OSError:
             os.close(fd)
             return None
         return Note(fd, path)
 
-    def collect(self) -> int:
+    def under_way(self, source: str) -> tuple[int, int]:
+        """Return how many calls have a note, and how many of them are of one source.
+
+        A call that makes its note first and counts then counts itself and all before it, so a
+        bound cannot be passed by several at once.
+        """
+        try:
+            names = os.listdir(os.path.join(self._base, "calls"))
+        except OSError:
+            return 0, 0
+        calls = [name for name in names if name.endswith(_SUFFIX)]
+        return len(calls), sum(name.endswith(f"+{source}{_SUFFIX}") for name in calls)
+
+    def collect(self, most: int = _AT_ONCE) -> int:
         """Write the records of calls whose process is gone; return how many there were."""
-        if self._audit.path is None:
-            return 0
         try:
             where = state.directory(self._base, "calls")
             names = sorted(os.listdir(where))
         except OSError:
             return 0
         found = 0
-        for name in names[:_AT_ONCE]:
+        for name in names[:most]:
             try:
                 found += self._collect(f"{where}/{name}")
             except OSError:
@@ -106,9 +118,9 @@ class Unfinished:
             place, _, line = os.read(fd, 65536).partition(b"\n")
             if place != os.fsencode(self._audit.path or ""):
                 return False
-            ident = os.path.basename(path)[: -len(_SUFFIX)]
+            ident = os.path.basename(path).partition("+")[0]
             # Killed between its record and the end of this file: it has its record.
-            fresh = not self._recorded(ident)
+            fresh = self._audit.path is not None and not self._recorded(ident)
             if fresh and line.endswith(b"\n"):
                 self._audit.append(line)
             os.unlink(path)

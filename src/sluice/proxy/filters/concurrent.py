@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from sluice.proxy import state
 from sluice.proxy.options import Duration, OptionError
 from sluice.proxy.verdicts import CONTINUE, HOLD, Refuse
@@ -58,8 +56,8 @@ class Concurrent:
         """Take the options."""
         self._options = options
         self._link = link
-        self._place: int | None = None
-        self._waiting: int | None = None
+        self._place: tuple[int, str] | None = None
+        self._waiting: tuple[int, str] | None = None
         self._since = 0.0
 
     def opened(self, call: Call) -> Answer:
@@ -92,23 +90,25 @@ class Concurrent:
         """Give the place back."""
         self._leave_queue()
         if self._place is not None:
-            os.close(self._place)
+            state.unlock(*self._place)
             self._place = None
 
     def _leave_queue(self) -> None:
         if self._waiting is not None:
-            os.close(self._waiting)
+            state.unlock(*self._waiting)
             self._waiting = None
 
-    def _take(self, what: str, places: int) -> int | None:
+    def _take(self, what: str, places: int) -> tuple[int, str] | None:
         if places == 0:
             return None
         base = self._options.state or self._link.state_directory
         where = state.directory(base, "concurrent")
+        # One directory for all: a caller can choose the keys, so there is nothing left of those
+        # that are not under way.
         mine = state.key_of(self._options.per, self._link.name, self._link.call)
-        folder = state.directory(where, mine)
         for number in range(places):
-            fd = state.try_lock(f"{folder}/{what}-{number}")
+            path = f"{where}/{mine}-{what}-{number}"
+            fd = state.try_lock(path)
             if fd is not None:
-                return fd
+                return fd, path
         return None
