@@ -247,10 +247,10 @@ def machine(
             finally:
                 made.down()
         finally:
-            _remove(root)
+            remove(root)
 
 
-def _remove(root: Path) -> None:
+def remove(root: Path) -> None:
     """Remove a system's folder; an ordinary user cannot remove what is its domains'."""
     shutil.rmtree(root, ignore_errors=True)
     if root.exists() and os.geteuid() != 0:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.support.sandbox import remove
 
 from sluice.adminvm.system import AdminVM
 from sluice.domains.model import DomainConfig
@@ -98,7 +98,7 @@ async def system(code: str) -> AsyncIterator[AdminVM]:
     finally:
         await adminvm.stop()
         sandbox.close()
-        shutil.rmtree(root, ignore_errors=True)
+        remove(root)
 
 
 @pytest.mark.spec("CORE-169", "CORE-180")

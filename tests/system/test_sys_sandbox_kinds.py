@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.sandbox import MODES, Machine, machine
+from tests.support.sandbox import MODES, Machine, machine, remove
 
 from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
@@ -38,7 +37,7 @@ def short() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
     path.chmod(0o755)
     yield path
-    shutil.rmtree(path, ignore_errors=True)
+    remove(path)
 
 
 def sluice(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
