@@ -212,6 +212,24 @@ def test_pause_and_resume() -> None:
     book >> after(1) << paused(SRC2DST, False)
 
 
+def test_a_timer_that_is_set_again_at_once_does_not_hold_up_everything() -> None:
+    calls: list[str] = []
+
+    def again(self: Any, key: str) -> Any:
+        calls.append(key)
+        self.link.set_timer(key, 0)
+        return ()
+
+    book = play(scripted(timer=again)).open()
+    book.filter.link.set_timer("b", 2)
+    book.filter.link.set_timer("a", 1)
+    book.now = 3
+    book.chain.expire()
+    assert calls == ["a", "b"]
+    book.chain.expire()
+    assert sorted(calls) == ["a", "a", "b", "b"]
+
+
 def test_opened_refuse_hold_continue() -> None:
     second = scripted(opened=CONTINUE)
     play(scripted(opened=Refuse("not you")), second) << aborts("not you", "filter")

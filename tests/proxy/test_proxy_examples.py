@@ -125,6 +125,48 @@ def test_the_example_chains_load() -> None:
         assert chain.description
 
 
+PNG = b"\x89PNG\r\n\x1a\n" + b"x" * 5000
+CHAINS: dict[str, tuple[bytes, bytes | None]] = {
+    "one-way-copy": (b"hello", b""),
+    "small-question": (b"hello", b"hello"),
+    "seldom": (b"hello", b"hello"),
+    "quiet-line": (b"hello", b""),
+    "pictures-only": (PNG, PNG),
+    "slow": (b"hello", b"hello"),
+    "key-value": (b"GET name\nPUT name x\n", b"GET name\nPUT name x\n"),
+    "json-lines": (b'{"a": 1}\n', b'{"a": 1}\n'),
+    "watch": (b"hello", b"hello"),
+}
+REFUSED = {
+    "small-question": b"x" * 5000, "pictures-only": b"MZ" + b"x" * 5000,
+    "key-value": b"DELETE name\n", "json-lines": b"{a}\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_each_example_chain_runs(chain: str, tmp_path: Path) -> None:
+    def run(data: bytes) -> subprocess.CompletedProcess[bytes]:
+        config = str(ROOT / "examples/chains/proxy.toml")
+        return subprocess.run(
+            [sys.executable, "-c", CODE, "proxy", "run", "--config", config, "--chain", chain,
+             "--", "cat"],
+            input=data, capture_output=True, timeout=20,
+            env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
+        )  # fmt: skip
+
+    data, answer = CHAINS[chain]
+    done = run(data)
+    assert (done.returncode, done.stdout) == (0, answer), done.stderr
+    if chain in REFUSED:
+        done = run(REFUSED[chain])
+        assert done.returncode == 126 and done.stdout == b""
+
+
+def test_every_example_chain_is_run() -> None:
+    configuration = load(str(ROOT / "examples/chains/proxy.toml"))
+    assert list(configuration.chains) == list(CHAINS)
+
+
 # --- documentation --------------------------------------------------------------------------------
 
 

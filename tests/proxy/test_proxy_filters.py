@@ -77,6 +77,8 @@ def test_idle_timeout_of_one_direction() -> None:
     book = play(IdleTimeout, dst2src="4s") >> delivered(DST2SRC)
     book >> after(100) << nothing()
     play(IdleTimeout) >> after(1e6) << nothing()
+    with pytest.raises(FieldError, match="at least 100ms"):
+        play(IdleTimeout, both=0)
 
 
 # --- throttle -------------------------------------------------------------------------------------

@@ -242,11 +242,16 @@ class Chain:
             self._finish(direction, 0)
 
     def expire(self) -> None:
-        """Call the timers that are due by the clock."""
-        while self._timers and self.state in (OPENING, OPEN):
-            place = min(self._timers, key=self._timers.__getitem__)
-            if self._timers[place] > self.clock():
-                return
+        """Call the timers that are due by the clock, the earliest first.
+
+        One that is set meanwhile waits for the next time, even if it is due at once: a filter that
+        always wants to be called again does not keep everything else from happening.
+        """
+        now = self.clock()
+        due = [(when, place) for place, when in self._timers.items() if when <= now]
+        for when, place in sorted(due, key=_when):
+            if self.state not in (OPENING, OPEN) or self._timers.get(place) != when:
+                continue
             del self._timers[place]
             stage, key = place
             self._outside(stage, "timer", partial(stage.filter.timer, key))
@@ -554,6 +559,10 @@ _ALLOWED: dict[str, tuple[tuple[Verdict, ...], tuple[type[Verdict], ...]]] = {
     "timer": ((PASS, PASS_REST), (Emit, Abort, Refuse, Close, Pause, Resume)),
     "act": ((PASS, PASS_REST), (Emit, Abort, Refuse, Close, Pause, Resume)),
 }
+
+
+def _when(due: tuple[float, tuple[Stage, str]]) -> float:
+    return due[0]
 
 
 def _allowed(event: str, verdict: object) -> bool:

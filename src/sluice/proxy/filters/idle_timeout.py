@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.proxy.options import DurationLimit
+from sluice.proxy.options import DurationLimit, OptionError
 from sluice.proxy.units import show_duration
 from sluice.proxy.verdicts import CONTINUE, DST2SRC, SRC2DST, Abort, Direction
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _DIRECTIONS = {"both": (SRC2DST, DST2SRC), "src2dst": (SRC2DST,), "dst2src": (DST2SRC,)}
 # How often in that time the counters are looked at: the call ends at most a quarter later.
 _LOOKS = 4
+_SHORTEST = 0.1
 
 
 class IdleTimeout:
@@ -38,6 +39,13 @@ class IdleTimeout:
         both: DurationLimit = -1
         src2dst: DurationLimit = -1
         dst2src: DurationLimit = -1
+
+    @staticmethod
+    def check(options: Options) -> None:
+        """See that there is time between two looks."""
+        for name in ("both", "src2dst", "dst2src"):
+            if 0 <= getattr(options, name) < _SHORTEST:
+                raise OptionError(name, "must be at least 100ms")
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the times."""
