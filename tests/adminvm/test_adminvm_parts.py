@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.adminvm import EXEC_CMDLINE, exec_body, hello, message
 
@@ -103,6 +103,7 @@ def test_no_bytes_make_a_session_fail_otherwise(pieces: list[bytes]) -> None:
 
 
 @given(st.text(max_size=400), st.text(max_size=1000), st.text(max_size=900), st.text(max_size=900))
+@example("\\" * 400, "\\" * 400 + "+" + "\\" * 900, "\\" * 900, "\\" * 900)
 def test_a_line_is_bounded_and_printable(
     source: str, service: str, cause: str, command: str
 ) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import stat
 import struct
@@ -169,6 +170,36 @@ def test_the_end_does_not_wait_for_domains_that_start() -> None:
                     await system.start_domain("b")
 
     asyncio.run(main())
+
+
+def test_an_agent_that_breaks_the_protocol_is_not_given_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stubborn(PlayedRun):
+        async def wait(self) -> int:
+            await until(lambda: self.killed, "the kill")
+            return 0
+
+    class StubbornSandbox(PlayedSandbox):
+        async def start(self, domain: DomainConfig, control: socket.socket) -> PlayedRun:
+            run = self.runs[domain.name] = Stubborn(control.dup())
+            run.send(hello(4))
+            return run
+
+    monkeypatch.setattr("sluice.adminvm.system.GRACE", 30)
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        a.send(message(0x9999))
+        await until(lambda: world.system.state("a") == "Halted", "the end", 5)
+        b = await world.start("b")
+        b.wire.close()
+        await asyncio.sleep(0.1)
+        # One whose channel merely ended may still tidy up.
+        assert world.system.state("b") == "Halting"
+        b.kill()
+
+    play(scene, sandbox=StubbornSandbox())
 
 
 def test_a_sandbox_that_fails_to_start() -> None:
@@ -435,6 +466,37 @@ def test_without_descriptors_calls_are_refused_and_nothing_is_stuck(
     play(scene)
 
 
+def test_what_a_local_client_has_written_counts_before_a_refusal() -> None:
+    """The ordering rule of 6.3, without the help of any event loop's order."""
+    from sluice.adminvm.daemon_calls import refuse
+    from sluice.adminvm.local import LocalServer
+
+    async def main() -> None:
+        with short_directory() as directory:
+            told: list[str] = []
+            server = LocalServer(
+                asyncio.get_running_loop(),
+                str(directory / "s"),
+                lambda session, request: told.append("request"),
+                told.append,
+            )
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(directory / "s"))
+                client.sendall(hello(3) + message(SERVICE_CONNECT, exec_body(43, 514, b"I\0")))
+
+                class End:
+                    local = server
+
+                    def refuse(self, request: object) -> None:
+                        told.append("refusal")
+
+                refuse(End(), object())  # type: ignore[arg-type]
+                assert told == ["request", "refusal"]
+            server.close()
+
+    asyncio.run(main())
+
+
 # --- policy files -------------------------------------------------------------------------------
 
 
@@ -447,6 +509,9 @@ def test_policy_files_decide() -> None:
             "test.Svc +y a b ask\n"
             "test.Svc +z a @anyvm deny\n"
             "test.Svc +d a @default allow target=b user=alice\n"
+        )
+        (policy / "15-more.policy").write_text(
+            "#!sluice 1\ntest.Via * a b allow via=c+chain\ntest.Limit * a b allow limit=2/1h\n"
         )
         return PolicyStore([policy], legacy_directory=directory / "none", quiet=0.0)
 
@@ -467,6 +532,12 @@ def test_policy_files_decide() -> None:
             record = world.records()[-1]
             assert record["rule"] == (None if where is None else f"{rule}:{where}")
             assert record["decision"] == "deny"
+        # What cannot be carried out as the rule says is not carried out otherwise.
+        assert await ask(b"test.Via") == SERVICE_REFUSED
+        assert world.records()[-1]["cause"].startswith("via")
+        answers = [await ask(b"test.Limit") for _ in range(3)]
+        assert answers == [SERVICE_CONNECT, SERVICE_CONNECT, SERVICE_REFUSED]
+        assert world.records()[-1]["cause"].startswith("limit")
         # A broken file denies everything, and says where.
         (world.directory / "policy/20-bad.policy").write_text("nonsense\n")
         assert await ask(b"test.Svc+x") == SERVICE_REFUSED
@@ -529,6 +600,33 @@ def test_garbage_on_the_socket_of_the_command_line() -> None:
         assert json.loads(await reader.readline())["ok"] is True
         assert json.loads(await reader.readline())["result"] == "Halted"
         writer.close()
+
+    play(scene)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_other_users_are_not_served_even_if_they_could_connect() -> None:
+    async def scene(world: World) -> None:
+        path = world.system.paths.control_socket
+        for place in (world.directory, path.parent):
+            place.chmod(0o755)
+        script = (
+            "import socket,sys; s=socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]);"
+            's.sendall(b\'{"method": "ping"}\\n\'); print(len(s.recv(100)))'
+        )
+        argv = ["/usr/bin/python3", "-IS", "-c", script, str(path)]
+
+        async def ask(*before: str) -> bytes:
+            process = await asyncio.create_subprocess_exec(
+                *before, *argv, stdout=-1, stderr=asyncio.subprocess.DEVNULL
+            )
+            return (await process.communicate())[0]
+
+        other = ("/usr/bin/setpriv", "--reuid=64126", "--regid=64126", "--clear-groups")
+        assert await ask(*other) == b""  # the mode of the socket forbids it
+        path.chmod(0o666)
+        assert await ask(*other) in (b"", b"0\n")
+        assert int(await ask()) > 10
 
     play(scene)
 
@@ -812,7 +910,8 @@ def write_service(world: World, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_service_of_dom0_outlives_a_breach_but_not_the_adminvm() -> None:
+@pytest.mark.parametrize("ends_itself", [True, False])
+def test_a_service_of_dom0_outlives_a_breach_but_not_the_adminvm(ends_itself: bool) -> None:
     pids: list[int] = []
 
     async def scene(world: World) -> None:
@@ -831,6 +930,10 @@ def test_a_service_of_dom0_outlives_a_breach_but_not_the_adminvm() -> None:
         (record,) = await world.recorded()
         assert record["exit_code"] == 1
         os.kill(pids[0], 0)
+        assert len(world.system.dispatcher._served) == 1
+        if ends_itself:
+            os.kill(pids[0], signal.SIGTERM)
+            await until(lambda: not world.system.dispatcher._served, "its end to be noted")
         for fd in fds:
             os.close(fd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -273,6 +274,22 @@ def test_a_port_is_released_by_its_end(daemon: DaemonHarness) -> None:
     agent.send(message(TERMINATED, exec_body(7, 513)))
     assert first.at_end()
     assert daemon.allocated(7)[1] == 513
+
+
+@pytest.mark.spec("WIRE-042")
+def test_a_client_that_left_gets_no_port_and_nothing_is_forwarded(
+    daemon: DaemonHarness,
+) -> None:
+    agent = daemon.start()
+    for _ in range(3):
+        client = daemon.local()
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGSTOP)  # it must not answer before the client is gone
+        client.send(message(EXEC_CMDLINE, exec_body(0, 0, b"user:left\0")))
+        client.sock.close()
+        daemon.process.send_signal(signal.SIGCONT)
+    assert daemon.allocated()[1] == 513
+    assert agent.expect(EXEC_CMDLINE) == exec_body(0, 513, b"user:x\0")
 
 
 @pytest.mark.spec("WIRE-070", "WIRE-071")
