@@ -353,7 +353,7 @@ def test_a_plugin_that_blocks_or_spins_hurts_its_own_call_only(server: Resident,
     for _ in range(5):
         begun = time.monotonic()
         assert server.call("pass+vault+mirror", b"x").stdout == b"x"
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
     (call,) = server.calls()
     worker = _child(server.process.pid)
     assert alive(worker)

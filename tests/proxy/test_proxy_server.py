@@ -112,7 +112,7 @@ def test_a_server_that_dies_in_the_middle_ends_the_call_with_125() -> None:
         begun = time.monotonic()
         assert process.wait(5) == 125
         assert process.stdout.read() == b""
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
         eventually(lambda: not left_over(server.qube), 2, "the far end ends with its input")
 
 
@@ -349,7 +349,7 @@ def test_sigterm_refuses_new_calls_and_lets_those_under_way_end() -> None:
         assert process.wait(5) == 0
         begun = time.monotonic()
         assert server.process.wait(5) == 0
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
         assert not list(server.directory.glob("*.sock"))
 
 
@@ -363,10 +363,10 @@ def test_what_does_not_end_in_time_is_ended_and_all_is_gone() -> None:
         begun = time.monotonic()
         server.process.terminate()
         assert process.stdout.read() == b""
-        assert 4.5 < time.monotonic() - begun < 6.5
+        assert 4.5 < time.monotonic() - begun < 8
         assert process.wait(5) == 125
         assert server.process.wait(5) == 0
-        assert time.monotonic() - begun < 9
+        assert time.monotonic() - begun < 12
         assert not left_over(server.qube)
         assert [r["cause"] for r in server.qube.records()] == ["shutdown"]
 
@@ -582,7 +582,7 @@ def test_256_calls_at_once_all_complete_and_one_more_is_refused_at_once() -> Non
         eventually(lambda: len(server.calls()) == 256, 30)
         begun = time.monotonic()
         assert refused(server, b"qrexec-proxy+raw+vault+mirror other\0x")
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 3
         for number, sock in enumerate(socks):
             sock.sendall(b"%d" % number * 100)
             sock.shutdown(socket.SHUT_WR)
