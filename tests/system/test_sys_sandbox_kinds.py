@@ -130,6 +130,45 @@ def test_a_disposable_forgets(inside: Machine) -> None:
     assert inside.shell("cat kept").stdout == b"kept\n"
 
 
+def test_what_a_domain_kept_can_be_removed(inside: Machine) -> None:
+    """All of it goes, locked directories too; the next domain of that name is another one."""
+    inside.shell("mkdir -p a/b; echo x > a/b/c; chmod 0 a; ln -s / link; cat /etc/machine-id")
+    before = inside.shell("cat /etc/machine-id").stdout
+    refused = wipe(inside)
+    assert refused.returncode == 125
+    assert "runs here already" in refused.stderr
+    inside.down()
+    held = 0 if inside.mode == "single" else 1
+    assert slots(inside).count(str(inside.root / "state")) == held
+    assert wipe(inside).returncode == 0
+    assert not (inside.root / "state/appvms/work").exists()
+    assert slots(inside).count(str(inside.root / "state")) == 0
+    assert (inside.root / "state/appvms").exists()
+    assert wipe(inside).returncode == 125
+    inside.up()
+    assert inside.shell("ls").stdout == b""
+    assert inside.shell("cat /etc/machine-id").stdout != before
+
+
+def slots(inside: Machine) -> str:
+    """Return the file that says which user ids are whose."""
+    own = inside.root / "user/.local/state/sluice/ids"
+    path = Path("/var/lib/sluice/ids") if inside.mode == "ranges" else own
+    return path.read_text() if path.exists() else ""
+
+
+def wipe(inside: Machine) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        inside.sluice("wipe", "--yes", "work"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=inside.environment,
+        cwd="/",
+        check=False,
+    )
+
+
 def test_copies_to_a_domain_and_back(inside: Machine) -> None:
     """A tree goes in and comes out again; links that the domain made lead nowhere on the host."""
     source = inside.root / "user/tree"

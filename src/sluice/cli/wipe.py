@@ -51,12 +51,16 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, root: str | Non
 
 async def _wipe(paths: Paths, names: list[str], store: Store) -> None:
     from sluice.domains.sandbox.bubblewrap import Bubblewrap
+    from sluice.domains.sandbox.ids import Slots
 
     sandbox = Bubblewrap(paths)
     try:
         for name in names:
             if (paths.appvms / name).exists():
                 await sandbox.wipe(name)
+            for identity in store.identities():
+                if identity.name == name:
+                    Slots().release(identity.uuid)
             store.forget(name)
     finally:
         sandbox.close()
