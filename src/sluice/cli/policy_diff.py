@@ -37,8 +37,9 @@ def command(old: str, new: str, show_all: bool, as_json: bool, place: Place) -> 
     else:
         for one in groups:
             _print(one, None if show_all else 8)
-        noun = "class" if len(found) == 1 else "classes"
-        click.echo(f"{len(found)} {noun} of calls in {len(groups)} groups change")
+        count = sum(len(change.targets) for change in found)
+        noun = "class" if count == 1 else "classes"
+        click.echo(f"{count} {noun} of calls in {len(groups)} groups change")
     sys.exit(1 if found else 0)
 
 

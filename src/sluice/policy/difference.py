@@ -18,15 +18,21 @@ from sluice.policy.system_info import SystemInfo
 
 
 class Change(NamedTuple):
-    """One class of requests whose decision differs."""
+    """Requests of a source whose decision differs, all in the same way."""
 
     call: CallClass
     source: str
-    target: str
+    targets: tuple[str, ...]
+    """What the requests name."""
     old: Decision
     new: Decision
     old_rule: Rule | None
     new_rule: Rule | None
+
+    @property
+    def target(self) -> str:
+        """The first target."""
+        return self.targets[0]
 
 
 class Group(NamedTuple):
@@ -78,16 +84,31 @@ def _compare(
 
     for first in before:
         for second in after:
-            sources, targets = first.sources & second.sources, first.targets & second.targets
-            if not sources or not targets or _equal(first.rule, second.rule):
+            sources, shared = first.sources & second.sources, first.targets & second.targets
+            if not sources or not shared or _equal(first.rule, second.rule):
                 continue
+            rules = (first.rule, second.rule)
+            targets = tuple(target.text for target in world.targets_in(shared))
+            if all(_same_for_all_targets(rule, world) for rule in rules):
+                parts = [targets]
+            else:
+                parts = [(target,) for target in targets]
             for source in world.sources_in(sources):
-                for target in world.targets_in(targets):
-                    was = decide(0, old, first.rule, source, target.text)
-                    now = decide(1, new, second.rule, source, target.text)
+                for part in parts:
+                    was = decide(0, old, first.rule, source, part[0])
+                    now = decide(1, new, second.rule, source, part[0])
                     if was != now:
-                        rules = (first.rule, second.rule)
-                        yield Change(call, source, target.text, was, now, *rules)
+                        yield Change(call, source, part, was, now, *rules)
+
+
+def _same_for_all_targets(rule: Rule | None, world: World) -> bool:
+    """Tell whether the decision of a rule does not depend on what the request named."""
+    if rule is None or rule.action.verb is not Verb.ALLOW:
+        return True
+    redirect = rule.action.target
+    domain = None if redirect is None else world.info.get(redirect)
+    # A relay is told what was asked for (Q-11).
+    return redirect is not None and (domain is None or domain.klass != "RemoteVM")
 
 
 _NO_MATCH = Decision("deny", True)
@@ -109,21 +130,31 @@ def group(found: list[Change], world: World) -> list[Group]:
     """Put changes of the same kind together; each group has an example to try out."""
     kinds: dict[tuple[CallClass, str, str], list[Change]] = {}
     for change in found:
-        old, new = _words(change)
-        kinds.setdefault((change.call, old, new), []).append(change)
+        for part in _parts(change):
+            kinds.setdefault((change.call, *_words(part)), []).append(part)
     # Calls whose changes are the same in all else share a group.
     merged: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[list[Change]]] = {}
+    names: dict[str, str] = {}
     for (_, old, new), members in kinds.items():
-        merged.setdefault((old, new, _fold(members, world)), []).append(members)
+        merged.setdefault((old, new, _fold(members, world, names)), []).append(members)
     return [
         Group(tuple(str(members[0].call) for members in lists), old, new, pairs, _example(lists[0]))
         for (old, new, pairs), lists in merged.items()
     ]
 
 
+def _parts(change: Change) -> list[Change]:
+    """Split a change where the words for it differ with the target."""
+    if change.old.target is None and change.new.target is None:
+        return [change]
+    return [change._replace(targets=(target,)) for target in change.targets]
+
+
 def _example(members: list[Change]) -> Change:
     """Return the change that is the easiest to try out: by name, and not of oneself."""
-    return min(members, key=lambda c: ("uuid:" in c.target, c.source == c.target))
+    candidates = [(member, target) for member in members[:50] for target in member.targets]
+    change, target = min(candidates, key=lambda c: ("uuid:" in c[1], c[0].source == c[1]))
+    return change._replace(targets=(target,))
 
 
 def _words(change: Change) -> tuple[str, str]:
@@ -137,16 +168,18 @@ def _words(change: Change) -> tuple[str, str]:
     return before, after
 
 
-def _fold(members: list[Change], world: World) -> tuple[tuple[str, str], ...]:
+def _fold(
+    members: list[Change], world: World, names: dict[str, str]
+) -> tuple[tuple[str, str], ...]:
     """Return source and target of each, without the UUID spelling where the name is there too."""
-    pairs = dict.fromkeys((change.source, change.target) for change in members)
-
-    def named(target: str) -> str:
-        name = world.info.to_name(target)
-        return target if name is None else name
-
+    pairs = dict.fromkeys(
+        (change.source, target) for change in members for target in change.targets
+    )
+    for _, target in pairs:
+        if target not in names:
+            names[target] = world.info.to_name(target) or target
     return tuple(
         (world.label(source), target)
         for source, target in pairs
-        if named(target) == target or (source, named(target)) not in pairs
+        if names[target] == target or (source, names[target]) not in pairs
     )
