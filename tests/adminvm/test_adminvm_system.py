@@ -76,7 +76,11 @@ ABC = [domain("a", 7, "played"), domain("b", 8, "played"), domain("c", 9, "playe
 
 
 def play(
-    scene: Scene, judge: Any = None, sandbox: Any = None, domains: list[DomainConfig] | None = None
+    scene: Scene,
+    judge: Any = None,
+    sandbox: Any = None,
+    domains: list[DomainConfig] | None = None,
+    **options: Any,
 ) -> None:
     async def main() -> None:
         with short_directory() as directory:
@@ -86,7 +90,7 @@ def play(
             played.allow("sleepy", to="b", autostart=False)
             box = sandbox or PlayedSandbox()
             policy = judge(directory) if judge else played
-            async with adminvm(directory, domains or ABC, box, policy) as system:
+            async with adminvm(directory, domains or ABC, box, policy, **options) as system:
                 async with asyncio.timeout(30):
                     await scene(World(directory, system, box))
 
@@ -459,6 +463,9 @@ def test_without_descriptors_calls_are_refused_and_nothing_is_stuck(
         assert await reader.read() == hello(3)
         writer.close()
         assert "Too many open files" in (await world.recorded(3))[2]["cause"]
+        # A call that failed takes no place among those that live.
+        assert [entry["calls"] for entry in world.system.describe()] == [0, 0, 0, 0]
+        assert len(world.system.dispatcher.numbers) == 0
         monkeypatch.setattr(dispatch, "make_pair", real)
         a.send(trigger4(b"b", b"s", b"I"))
         assert (await a.receive())[0] == SERVICE_CONNECT
@@ -945,6 +952,36 @@ def test_a_service_of_dom0_outlives_a_breach_but_not_the_adminvm(ends_itself: bo
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pids[0], os.WNOHANG)
             time.sleep(0.01)
+
+
+def test_services_of_dom0_are_bounded_whatever_their_caller_reports() -> None:
+    async def scene(world: World) -> None:
+        write_service(world, "s", "#!/bin/sh\nexec cat\n")
+        a, b = await world.start("a"), await world.start("b")
+        held: list[int] = []
+        answers = []
+        for _ in range(5):
+            a.send(trigger4(b"dom0", b"s", b"I"))
+            kind, body, fds = await a.receive()
+            answers.append(kind)
+            held += fds
+            if fds:
+                # A hostile agent: the pipes stay open, but the call is said to have ended.
+                number = struct.unpack_from("<I", body, 4)[0]
+                a.send(message(TERMINATED, exec_body(0, number)))
+        assert answers == [SERVICE_CONNECT] * 3 + [SERVICE_REFUSED] * 2
+        (record, *_) = await world.recorded(2)
+        assert "dom0 answers 3 calls" in record["cause"]
+        # Others have a bound of their own, and what has ended makes room.
+        b.send(trigger4(b"dom0", b"s", b"I"))
+        assert (await b.receive())[0] == SERVICE_CONNECT
+        for fd in held:
+            os.close(fd)
+        await until(lambda: len(world.system.dispatcher._served) == 1, "the end of the services")
+        a.send(trigger4(b"dom0", b"s", b"I"))
+        assert (await a.receive())[0] == SERVICE_CONNECT
+
+    play(scene, max_calls=3)
 
 
 @pytest.mark.parametrize("prefix", ["", "nogui:"])
