@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -20,7 +21,9 @@ from tests.support.proxy import alive, eventually
 from tests.support.proxy_server import COMMAND, Resident, left_over, read_all, resident
 
 from sluice.errors import ConfigError, LocalError
+from sluice.proxy import systemd
 from sluice.proxy.control import ControlClient
+from sluice.proxy.exporter import parse_address
 from sluice.proxy.handover import encode_request
 from sluice.proxy.server import Server
 
@@ -324,6 +327,22 @@ def test_socket_activation() -> None:
         server.wait_for("STOPPING=1")
 
 
+def test_what_systemd_hands_over_is_read_once_and_only_by_its_process() -> None:
+    own = str(os.getpid())
+    for env, names in (
+        ({"LISTEN_FDS": "2", "LISTEN_PID": own, "LISTEN_FDNAMES": "raw"}, ["raw", ""]),
+        ({"LISTEN_FDS": "2", "LISTEN_PID": "1", "LISTEN_FDNAMES": "raw"}, []),
+        ({"LISTEN_FDS": "x", "LISTEN_PID": own}, []),
+        ({}, []),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            # Not the test's own descriptors 3 and 4.
+            patch.setattr(os, "set_inheritable", lambda fd, flag: None)
+            found = systemd.listen_fds(env)
+        assert found == [(name, 3 + place) for place, name in enumerate(names)]
+        assert not env
+
+
 def test_sockets_for_another_process_are_not_taken() -> None:
     with resident(start=False) as server:
         server.start(more={"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "raw"})
@@ -498,6 +517,42 @@ def test_metrics_count_calls_refusals_and_bytes(server: Resident) -> None:
     with server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") as sock:
         assert sock.recv(1) == b"x"
         assert scrape(server)["sluice_proxy_calls_active"] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "address"),
+    [("/run/x/m.sock", "/run/x/m.sock"), ("9101", ("127.0.0.1", 9101)), ("[::1]:0", ("::1", 0)),
+     (":80", ("127.0.0.1", 80)), ("127.0.0.9:1", ("127.0.0.9", 1))],
+)  # fmt: skip
+def test_where_metrics_may_be_served(setting: str, address: object) -> None:
+    assert parse_address(setting) == address
+
+
+ELSEWHERE = ["0.0.0.0:80", "[::]:80", "host:80", "127.0.0.1:", "127.0.0.1:70000", "x", "1.2.3.4:1"]
+
+
+@pytest.mark.parametrize("setting", ELSEWHERE)
+def test_metrics_are_never_served_to_other_machines(setting: str) -> None:
+    with pytest.raises(ConfigError, match="loopback"):
+        parse_address(setting)
+
+
+@pytest.mark.spec("PROXY-056")
+def test_metrics_on_a_port_and_what_is_no_page() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with resident(start=False) as server:
+        server.qube.configure("", f'metrics = "127.0.0.1:{port}"')
+        server.start()
+        for path, status in (("/metrics", 200), ("/", 200), ("/x", 404)):
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            client.request("GET", path)
+            answer = client.getresponse()
+            body = answer.read()
+            assert answer.status == status
+            assert (b"sluice_proxy_calls_active 0.0" in body) == (status == 200)
+            client.close()
 
 
 @pytest.mark.spec("PROXY-056")

@@ -49,6 +49,8 @@ class Listener:
         self._report = report
         self._path = path
         self._wait: asyncio.TimerHandle | None = None
+        # Only the metrics can be on a port, where the kernel does not know who it is.
+        self._local = sock.family == socket.AF_UNIX
         sock.setblocking(False)
         self._inode = os.stat(path).st_ino if path else 0
         self.resume()
@@ -85,7 +87,7 @@ class Listener:
                     self._report(f"cannot take a connection: {error.strerror}")
                 return
             connection.setblocking(False)
-            if not is_trusted_peer(connection):
+            if self._local and not is_trusted_peer(connection):
                 self._report(f"refused a connection of user {peer_user(connection)}")
                 connection.close()
                 continue
