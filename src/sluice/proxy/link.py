@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sluice.flow.reactor import Loop
-    from sluice.proxy.chain import Chain, Stage
+    from sluice.proxy.chain import Chain
+    from sluice.proxy.stage import Stage
     from sluice.proxy.verdicts import Bytes, Verdict
 
 # What a filter may hold that declares nothing (section 5).
