@@ -117,15 +117,15 @@ class CallTable:
 
     def __init__(self, limit: int = MAX_CALLS) -> None:
         """Allow ``limit`` calls in each of the two roles."""
-        self._limit = limit
+        self.limit = limit
         self._alive: dict[tuple[int, int], Channel] = {}
         self._roles = [0, 0]
 
     def open(self, domain: int, number: int, *, outgoing: bool, owner: object = None) -> Channel:
         """Remember a call with ``domain`` under ``number``. Raises ResourceError over the limit."""
-        if self._roles[outgoing] >= self._limit:
+        if self._roles[outgoing] >= self.limit:
             role = "makes" if outgoing else "answers"
-            raise ResourceError(f"the domain {role} {self._limit} calls already")
+            raise ResourceError(f"the domain {role} {self.limit} calls already")
         channel = Channel(domain, number, outgoing, owner)
         self._alive[domain, number] = channel
         self._roles[outgoing] += 1

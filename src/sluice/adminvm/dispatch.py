@@ -28,7 +28,7 @@ from sluice.adminvm.link import Request, Verdict
 from sluice.adminvm.local import LocalSession
 from sluice.adminvm.run import DomainRun
 from sluice.adminvm.session import LocalRequest
-from sluice.errors import RemoteError, SluiceError
+from sluice.errors import RemoteError, ResourceError, SluiceError
 from sluice.vchan.passed import make_pair
 from sluice.wire import messages as wire
 from sluice.wire.names import escape
@@ -89,7 +89,7 @@ class Dispatcher:
         self._environment = environment
         self._spawn = spawn
         self.numbers = CallNumbers()
-        self._served: set[Dom0Call] = set()
+        self._served: dict[Dom0Call, str] = {}  # and the domain whose call it answers
 
     # --- calls of domains -----------------------------------------------------------------
 
@@ -147,6 +147,7 @@ class Dispatcher:
         await _make_room(source)
         if request.verdict is not Verdict.PENDING:
             raise Refused("the source is gone")
+        self._check_served(source)
         ends = Ends(self._loop, record)
         channel = source.calls.open(0, record.number, outgoing=True, owner=ends.expect("source"))
         try:
@@ -158,6 +159,19 @@ class Dispatcher:
             raise
         record.stage("connected")
         await self._serve(source, text, ours, ends, record)
+
+    def _check_served(self, source: DomainRun) -> None:
+        """Bound what dom0 runs for one domain, by what runs and not by what its agent reports.
+
+        A service may go on after its caller said that the call has ended, and after a breach.
+        Raises ResourceError.
+        """
+        limit = source.calls.limit
+        if sum(name == source.name for name in self._served.values()) >= limit:
+            raise ResourceError(f"dom0 answers {limit} calls of the domain already")
+
+    def _service_gone(self, service: Dom0Call) -> None:
+        self._served.pop(service, None)
 
     async def _serve(
         self, source: DomainRun, text: bytes, fds: tuple[int, ...], ends: Ends, record: CallRecord
@@ -174,12 +188,12 @@ class Dispatcher:
             text,
             environment=self._environment,
             on_done=done,
-            on_gone=lambda: self._served.discard(service),
+            on_gone=lambda: self._service_gone(service),
             log=lambda line: source.note(f"call {record.number}: {line}"),
             service_path=self._service_path,
             config_path=self._config_path,
         )
-        self._served.add(service)
+        self._served[service] = source.name
         try:
             service.connect(*fds)
             service.start()
