@@ -105,6 +105,16 @@ def test_slots_are_kept_shared_and_freed(tmp_path: Path) -> None:
         slots.take("u5", one, 3)
 
 
+def test_slots_of_a_disk_that_is_away_are_kept(tmp_path: Path) -> None:
+    slots = ids.Slots(tmp_path / "ids")
+    away, here = Path("/nowhere/sluice"), tmp_path
+    assert slots.take("u1", away, 100) == 1
+    assert slots.take("u2", here, 100) == 2
+    assert slots.take("u1", away, 100) == 1
+    # Only when nothing else is left does it lose them.
+    assert slots.take("u3", here, 3) == 1
+
+
 def test_root_never_gives_its_own_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(ids, "_mapped_until", lambda base, what: base)

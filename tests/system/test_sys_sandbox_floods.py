@@ -400,6 +400,31 @@ rm -rf /usr/local/* /home/user/.bashrc; ln -s {target} /usr/local/etc; ln -s {ta
     inside.shell("rm /rw/planted /rw/config /usr/local/etc; mkdir /rw/config", "hostile", user)
 
 
+@pytest.mark.spec("CORE-178")
+def test_programs_planted_in_front_of_ours(inside: Machine) -> None:
+    """Puts programs with the names of those that start a domain where they would be found first,
+    and has itself started again: none of them may run, least of all before ids were changed."""
+    user = "root" if inside.mode != "single" else "DEFAULT"
+    names = "setpriv python3 sh bwrap qrexec-agent sluice-domain-init logger unshare nsenter ls"
+    script = f"""
+mkdir -p /usr/local/bin /usr/local/sbin /rw/bin
+for n in {names}; do for d in /usr/local/bin /usr/local/sbin; do
+printf '#!/bin/dash\\n[ $$ = 1 ] && /usr/bin/touch /rw/planted-ran; exec /usr/bin/%s \"$@\"\\n' $n > $d/$n; chmod 755 $d/$n
+done; done
+"""
+    done = inside.shell(script, "hostile", user)
+    assert done.returncode == 0, done.stderr
+    assert inside.shell("/usr/local/sbin/ls -d /usr/local/sbin/setpriv", "hostile").returncode == 0
+    ask(inside, "stop", name="hostile")
+    ask(inside, "start", name="hostile")
+    assert inside.shell("/usr/bin/ls /rw", "hostile").stdout.count(b"planted-ran") == 0
+    status = Path(f"/proc/{inside.agent_pid('hostile')}/status").read_text()
+    uids = {int(word) for word in status.split("Uid:")[1].split("\n")[0].split()}
+    assert 0 not in uids
+    assert inside.mode == "single" or inside.uid not in uids
+    inside.shell("/usr/bin/rm -rf /usr/local/bin/* /usr/local/sbin/*", "hostile", user)
+
+
 @pytest.mark.spec("CORE-173")
 def test_nothing_remains_after_a_kill(inside: Machine) -> None:
     """Leaves processes behind in every way there is, and is killed: all of them are gone."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sluice.domains.system_file import SystemDefaults
 
 READY = "ready:"
+MAX_LOG = 1 << 20  # bytes of the log of earlier runs that are gone on with
 
 
 @click.command()
@@ -143,6 +144,8 @@ def _detach(paths: Paths, file: str | None, root: str | None) -> None:
     """Start ourselves in the background, show what it says until it is ready, and return."""
     paths.create()
     log_file = paths.log / "adminvm.log"
+    if log_file.exists() and log_file.stat().st_size > MAX_LOG:
+        log_file.replace(log_file.with_suffix(".log.1"))
     # An interpreter that was started without its libraries is told by the launcher where they are.
     program = ["-IS", launcher("sluice")] if sys.flags.no_site else ["-m", "sluice"]
     command = [sys.executable, *program, "up", *([file] if file else [])]

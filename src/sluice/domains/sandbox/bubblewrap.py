@@ -72,6 +72,8 @@ ROOT_CAPABILITIES = (
 )
 
 
+SETPRIV = "/usr/bin/setpriv"
+
 # With the feature sandbox.allow-userns.
 FURTHER_NAMESPACES = 64
 
@@ -200,7 +202,7 @@ class Bubblewrap:
 
         ``single`` asks for one user id for all domains although there may be more.
         """
-        for program in ("bwrap", "unshare", "setpriv"):
+        for program in ("bwrap", "unshare", "nsenter", SETPRIV):
             if shutil.which(program) is None:
                 raise LocalError(f"{program} is not installed")
         self._paths = paths
@@ -383,7 +385,9 @@ def _become_root(ids: IdMap) -> list[str]:
         return []
     kept = ",".join(["-all", *("+" + name for name in ROOT_CAPABILITIES)])
     return [
-        "setpriv",
+        # By its path: it runs inside, still as our own user, and the search path inside begins
+        # with directories that the domain can write.
+        SETPRIV,
         "--reuid=0",
         "--regid=0",
         "--clear-groups",

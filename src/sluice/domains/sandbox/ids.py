@@ -230,7 +230,8 @@ class Slots:
     def take(self, uuid: str, state: Path, limit: int) -> int:
         """Return the slot of a domain, a new one if it has none. Raises ResourceError if full.
 
-        Slots of systems whose state directory is gone are free again.
+        Slots of systems in temporary places are free again when those are gone; of others only
+        when nothing else is left, for a disk that is not mounted now may come back.
         """
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -240,7 +241,9 @@ class Slots:
             for slot, (owner, _) in entries.items():
                 if owner == uuid:
                     return slot
-            kept = {slot: entry for slot, entry in entries.items() if os.path.isdir(entry[1])}
+            kept = {slot: entry for slot, entry in entries.items() if not _forgotten(entry[1])}
+            if len(kept) + 1 >= limit:
+                kept = {slot: entry for slot, entry in kept.items() if os.path.isdir(entry[1])}
             # Slot 0 stays unused: its first id would be the base itself, which people write down.
             slot = next(number for number in range(1, len(kept) + 2) if number not in kept)
             if slot >= limit:
@@ -265,6 +268,11 @@ class Slots:
                 for number, (who, where) in entries.items()
                 if who != uuid
             )
+
+
+def _forgotten(state: str) -> bool:
+    temporary = ("/tmp/", "/var/tmp/", "/run/", "/dev/shm/")  # noqa: S108
+    return state.startswith(temporary) and not os.path.isdir(state)
 
 
 def _parse(text: str) -> dict[int, tuple[str, str]]:

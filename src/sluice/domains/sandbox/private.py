@@ -43,7 +43,8 @@ async def prepare(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespa
         if owner != expected:
             raise LocalError(
                 f"{private / name} belongs to user id {owner}, but the domain has {expected}: it"
-                " was made under another privilege model (see sluice doctor)"
+                " was made when domains had other ids (see sluice doctor); start it as it was"
+                f" then, or delete what it has kept with `sluice wipe {domain.name}`"
             )
     return private
 
