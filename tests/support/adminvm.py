@@ -118,7 +118,7 @@ class Wire:
 
     def _read(self, size: int) -> bytes:
         try:
-            data, ancillary, _, _ = self.sock.recvmsg(size, 1024)
+            data, ancillary, _, _ = self.sock.recvmsg(size, 1024, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return b""
         for level, kind, payload in ancillary:
