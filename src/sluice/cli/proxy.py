@@ -94,12 +94,12 @@ def check(config: str | None) -> None:
 def chains(config: str | None) -> None:
     """List the chains."""
     from sluice.proxy.configuration import load
-    from sluice.proxy.show import in_column
+    from sluice.proxy.show import element_names, in_column
 
     found = load(config).chains
     width = max(map(len, found), default=0)
     for chain in found.values():
-        names = ", ".join(use.name for use in chain.uses) or "(no filter)"
+        names = ", ".join(element_names(chain)) or "(no filter)"
         about = f": {chain.description}" if chain.description else ""
         for line in in_column(chain.name, f"{names}{about}", width):
             click.echo(line)

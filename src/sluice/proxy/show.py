@@ -41,19 +41,28 @@ def chain_lines(chain: ChainConfig) -> Iterator[str]:
         yield "  no filter: everything passes"
 
 
+def element_names(chain: ChainConfig) -> list[str]:
+    """Return the names of a chain's filters and plugins in order, ends that are plugins included."""
+    return [
+        part["plugin"] if "plugin" in part else chain.uses[part["use"]].name
+        for part in _parts(chain)
+    ]
+
+
+def _parts(chain: ChainConfig) -> list[dict[str, Any]]:
+    legacy = chain.legacy
+    if legacy is None:
+        return [{"use": place} for place in range(len(chain.uses))]
+    return [part for part in (legacy["src"], *legacy["elements"], legacy["dst"]) if part]
+
+
 def _plugin_lines(chain: ChainConfig) -> Iterator[str]:
     """Yield the order of a chain with plugins of the earlier proxy, and where these are."""
     if chain.legacy is None:
         return
-    legacy = chain.legacy
-    parts = [
-        *([legacy["src"]] if legacy["src"] else []),
-        *legacy["elements"],
-        *([legacy["dst"]] if legacy["dst"] else []),
-    ]
-    names = [part["plugin"] if "plugin" in part else chain.uses[part["use"]].name for part in parts]
-    yield f"  has plugins of the earlier proxy, in a process of its own: {' > '.join(names)}"
-    for part in parts:
+    names = " > ".join(element_names(chain))
+    yield f"  has plugins of the earlier proxy, in a process of its own: {names}"
+    for part in _parts(chain):
         if "plugin" in part:
             yield f"  plugin {part['plugin']}  ({part['file']})"
             for key, value in part["config"].items():
