@@ -354,7 +354,7 @@ def test_a_descriptor_sent_up_never_arrives() -> None:
         # Had it arrived anywhere, the pipe would still have a writer.
         assert os.read(theirs, 1) == b""
         os.close(theirs)
-        assert open_descriptors() == before
+        await until(lambda: open_descriptors() <= before, "descriptors to be closed")
         _, near, far = await connected(a, b)
         close_all(*near, *far)
 
@@ -382,7 +382,7 @@ def test_each_side_ends_once_and_nothing_is_left() -> None:
         stages = record["stages"]
         assert stages["decided"] <= stages["connected"] <= stages["source_ended"]
         assert "target_ended" in stages
-        assert open_descriptors() == before
+        await until(lambda: open_descriptors() <= before, "descriptors to be closed")
         assert len(world.system.dispatcher.numbers) == 0
         assert [entry["calls"] for entry in world.system.describe()] == [0, 0, 0, 0]
 
@@ -419,7 +419,7 @@ def test_a_service_of_dom0_on_pipes() -> None:
         (record,) = await world.recorded(1)
         assert record["exit_code"] == 6
         assert record["rule"] == "test.policy:1"
-        assert open_descriptors() == before
+        await until(lambda: open_descriptors() <= before, "descriptors to be closed")
 
     play(scene)
 
@@ -492,8 +492,11 @@ def test_the_manuals_commands_with_a_real_agent() -> None:
                 assert (status, out, err) == (4, b"out\n", b"err\n")
 
                 def calm() -> bool:
-                    now = len(os.listdir(f"/proc/{agent}/fd")), open_descriptors()
-                    return now == before
+                    # Some of the first call's may still have been open then: fewer is right too.
+                    count, ours = before
+                    return (
+                        len(os.listdir(f"/proc/{agent}/fd")) <= count and open_descriptors() <= ours
+                    )
 
                 await until(calm, "all descriptors of the calls to be closed")
 
@@ -664,7 +667,7 @@ def test_a_call_whose_descriptors_the_kernel_refuses_fails_alone(
         for run, peer in ((a, 8), (b, 7)):
             run.send(message(TERMINATED, exec_body(peer, number)))
         await world.recorded(1)
-        assert open_descriptors() == before
+        await until(lambda: open_descriptors() <= before, "descriptors to be closed")
         _, near, far = await connected(a, b)
         close_all(*near, *far)
 
