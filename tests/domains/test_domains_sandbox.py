@@ -288,6 +288,10 @@ class TestFilter:
             assert action == REFUSE | errno.EAFNOSUPPORT, family
         for family in (1, 2, 10, 16):
             assert run_filter(self.program, 41, (family,)) == ALLOW
+        for protocol in (6, 9, 12, 21):
+            action = run_filter(self.program, 41, (16, 3, protocol))
+            assert action == REFUSE | errno.EPROTONOSUPPORT
+            assert run_filter(self.program, 41, (2, 3, protocol)) == ALLOW
 
     def test_namespaces(self) -> None:
         for flag in seccomp.CLONE_NAMESPACES:

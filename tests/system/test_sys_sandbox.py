@@ -240,6 +240,13 @@ print(errno.errorcode[-struct.unpack_from('=i', s.recv(4096), 16)[0]])
     assert inside.python(code) == "EPERM"
 
 
+def test_other_ends_of_netlink(inside: Machine) -> None:
+    """Opens the kernel's netlink ends for packet filters, IPsec, auditing and cryptography."""
+    for protocol in (12, 6, 9, 21):
+        code = f"attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW, {protocol})"
+        assert inside.value(code) == "EPROTONOSUPPORT", protocol
+
+
 def test_raw_sockets(inside: Machine) -> None:
     """Opens raw IP and packet sockets, to forge and to listen."""
     assert inside.value("attempt(socket.socket, socket.AF_INET, socket.SOCK_RAW, 1)") == "EPERM"

@@ -117,6 +117,10 @@ REFUSED_IOCTLS = (TIOCSTI, TIOCLINUX)
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
 ALLOWED_FAMILIES = (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
 
+# Routes and interfaces, socket statistics, device events: what ordinary programs ask for. Not
+# netfilter, IPsec, auditing, crypto and the rest, which have been ways into the kernel.
+ALLOWED_NETLINK = (0, 4, 15)
+
 _LOW = 0xFFFFFFFF
 
 
@@ -157,6 +161,11 @@ def _build(allow_user_namespaces: bool) -> bytes:
                 _add(rules, errno.EAFNOSUPPORT, name, condition)
         above = pyseccomp.Arg(0, pyseccomp.GT, AF_NETLINK)
         _add(rules, errno.EAFNOSUPPORT, name, above)
+    for protocol in range(32):
+        if protocol not in ALLOWED_NETLINK:
+            netlink = pyseccomp.Arg(0, masked, _LOW, AF_NETLINK)
+            which = pyseccomp.Arg(2, masked, _LOW, protocol)
+            _add(rules, errno.EPROTONOSUPPORT, "socket", netlink, which)
     return _export(rules)
 
 
