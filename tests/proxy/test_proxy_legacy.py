@@ -347,6 +347,18 @@ def server() -> Iterator[Resident]:
         yield made
 
 
+def test_a_closed_reader_aborts_in_a_worker_too(server: Resident) -> None:
+    server.qube.service("deaf", "#!/bin/sh\nexec <&-\nexec sleep 30\n")
+    rules = 'services = "any"\ntargets = "any"\non_closed_reader = "abort"\n'
+    server.notices.clear()
+    server.qube.chain("abort", "'caesar'", "'pass'", rules=rules)
+    server.wait_for("READY=1")
+    done = server.call("abort+vault+deaf", b"x" * 1_000_000)
+    assert done.returncode == 125
+    (record,) = server.qube.records()
+    assert record["cause"] == "closed-reader" and not left_over(server.qube)
+
+
 @pytest.mark.spec("PROXY-065")
 @pytest.mark.parametrize("how", ["spin", "block"])
 def test_a_plugin_that_blocks_or_spins_hurts_its_own_call_only(server: Resident, how: str) -> None:

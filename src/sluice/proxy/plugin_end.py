@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
 from sluice.proxy.chain import Cause, FilterUse
-from sluice.proxy.flow import GONE_GRACE, KILL_AFTER, Flow
+from sluice.proxy.flow import GONE_GRACE, KILL_AFTER, Flow, Settings
 from sluice.proxy.link import Call, Memory, Tools
 from sluice.proxy.plugins_package import AbortException, PipeReader, PipeWriter
 
@@ -210,6 +210,7 @@ class FlowEnd:
         *,
         log: Log,
         memory: Memory,
+        settings: Settings,
         state_directory: str,
         on_flow: Callable[[Flow], None],
     ) -> None:
@@ -217,6 +218,7 @@ class FlowEnd:
         self.in_fd = self.out_fd = -1
         self.cause: Cause | None = None
         self._make = (uses, call, far, log, memory, state_directory)
+        self._settings = settings
         self._on_flow = on_flow
         self._flow: Flow | None = None
 
@@ -235,7 +237,8 @@ class FlowEnd:
 
         self._flow = Flow(
             loop, uses, call, far, in_fd=in_fd, out_fd=out_fd, on_end=ended, log=log,
-            memory=memory, tools=Tools(log=log, state_directory=state, loop=loop),
+            memory=memory, settings=self._settings,
+            tools=Tools(log=log, state_directory=state, loop=loop),
         )  # fmt: skip
         self._on_flow(self._flow)
         self._flow.start()

@@ -42,7 +42,7 @@ def chain_lines(chain: ChainConfig) -> Iterator[str]:
 
 
 def element_names(chain: ChainConfig) -> list[str]:
-    """Return the names of a chain's filters and plugins in order, ends that are plugins included."""
+    """Return the names of a chain's filters and plugins in order, with ends that are plugins."""
     return [
         part["plugin"] if "plugin" in part else chain.uses[part["use"]].name
         for part in _parts(chain)

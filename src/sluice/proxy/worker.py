@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sluice.errors import ConfigError, SluiceError
 from sluice.proxy.chain import Cause, FilterUse
 from sluice.proxy.far import ProgramEnd
-from sluice.proxy.flow import KILL_AFTER, Flow
+from sluice.proxy.flow import KILL_AFTER, Flow, Settings
 from sluice.proxy.link import Call, Memory, Tools
 from sluice.proxy.model import ProxySettings
 from sluice.proxy.options import with_values
@@ -100,6 +100,9 @@ class Worker:
             dst=self._call.target,
             qrexec=self._call.descriptor,
         )
+        self._flow_settings = Settings(
+            abort_on_closed_reader=self._settings.on_closed_reader == "abort"
+        )
         self._flows: list[Flow] = []
         self._plugins: list[str] = []
         self._cause: Cause | None = None
@@ -146,7 +149,7 @@ class Worker:
 
         flow = Flow(
             loop, uses, self._call, far, in_fd=0, out_fd=1, on_end=flow_ended, log=_log,
-            memory=self._memory,
+            memory=self._memory, settings=self._flow_settings,
             tools=Tools(log=_log, state_directory=self._state, loop=loop),
         )  # fmt: skip
         self._flows.append(flow)
@@ -181,6 +184,7 @@ class Worker:
             "far": far,
             "log": _log,
             "memory": self._memory,
+            "settings": self._flow_settings,
             "state_directory": self._state,
             "on_flow": self._flows.append,
         }

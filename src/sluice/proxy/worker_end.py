@@ -133,7 +133,10 @@ def describe_job(call: Call, chain: ChainConfig, settings: ProxySettings) -> dic
         "elements": elements,
         **ends,
         "directories": directories,
-        "settings": {name: getattr(settings, name) for name in _SETTINGS},
+        "settings": {
+            **{name: getattr(settings, name) for name in _SETTINGS},
+            "on_closed_reader": chain.on_closed_reader or settings.on_closed_reader,
+        },
     }
 
 
