@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support.adminvm import EXEC_CMDLINE, exec_body, hello, message
 
+from sluice.adminvm import logs
 from sluice.adminvm.audit import MAX_LINE, AuditLog, CallRecord
 from sluice.adminvm.bucket import TokenBucket
 from sluice.adminvm.calls import FIRST_NUMBER, LAST_NUMBER, CallNumbers, Ends
@@ -27,6 +28,7 @@ from sluice.adminvm.rotated import RotatedFile
 from sluice.adminvm.session import LocalRequest, Session, State
 from sluice.adminvm.supervisor import Supervisor
 from sluice.errors import LocalError, RemoteError
+from sluice.wire.names import escape
 
 # --- policy replies -----------------------------------------------------------------------------
 
@@ -288,6 +290,31 @@ def test_log_lines_are_folded() -> None:
         assert said[3] == "(97 more lines left out)"
 
     asyncio.run(main())
+
+
+def test_lines_that_are_left_out_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+
+    def escaping(line: bytes, limit: int) -> str:
+        looked.append(line)
+        return escape(line, limit)
+
+    async def main() -> None:
+        said: list[str] = []
+        loop = asyncio.get_running_loop()
+        read_fd, write_fd = os.pipe()
+        reader = StderrReader(loop, read_fd, FoldedLog(loop, said.append, rate=1, burst=3))
+        os.write(write_fd, b"\n" * 60000 + b"x" * 2000)
+        os.close(write_fd)
+        async with asyncio.timeout(10):
+            while not said or "left out" not in said[-1]:
+                await asyncio.sleep(0.005)
+        assert said[-1] == "(59998 more lines left out)"
+        reader.close()
+
+    monkeypatch.setattr(logs, "escape", escaping)
+    asyncio.run(main())
+    assert len(looked) == 3
 
 
 def test_a_sandboxs_stderr_is_escaped_cut_and_bounded() -> None:

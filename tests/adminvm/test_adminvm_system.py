@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import struct
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -504,6 +505,39 @@ def test_what_a_local_client_has_written_counts_before_a_refusal() -> None:
     asyncio.run(main())
 
 
+# --- our own log --------------------------------------------------------------------------------
+
+
+def test_a_full_disk_below_our_log_stops_no_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(world: World) -> None:
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", full)
+            await world.start("a")
+            assert world.system.state("a") == "Running"
+            await world.system.stop_domain("a")
+            with contextlib.suppress(OSError):
+                full.close()
+
+    play(scene)
+
+
+def test_what_calls_warn_of_goes_to_the_rotated_log() -> None:
+    def judge(directory: Path) -> PolicyStore:
+        policy = directory / "policy"
+        policy.mkdir()
+        (policy / "10-t.policy").write_text("* * @anyvm @default deny\n")
+        return PolicyStore([policy], legacy_directory=directory / "none", quiet=0.0)
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+        a.send(trigger4(b"nobody", b"s", b"I"))
+        assert (await a.receive())[0] == SERVICE_REFUSED
+        lines = [json.loads(line) for line in world.system.paths.domain_log_file.open()]
+        assert [line["domain"] for line in lines if "does not exist" in line["line"]] == ["dom0"]
+
+    play(scene, judge)
+
+
 # --- policy files -------------------------------------------------------------------------------
 
 
@@ -982,6 +1016,24 @@ def test_services_of_dom0_are_bounded_whatever_their_caller_reports() -> None:
         assert (await a.receive())[0] == SERVICE_CONNECT
 
     play(scene, max_calls=3)
+
+
+def test_what_a_service_of_dom0_writes_to_stderr_is_logged_escaped(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async def scene(world: World) -> None:
+        # What it complains of is what the caller sent.
+        write_service(world, "s", "#!/bin/sh\nprintf '%b' 'oo\\033]0;ps\\n' >&2\n")
+        a = await world.start("a")
+        a.send(trigger4(b"dom0", b"s", b"I"))
+        assert (await a.receive())[0] == SERVICE_CONNECT
+        path = world.system.paths.domain_log_file
+        await until(lambda: "ps" in path.read_text(), "the line")
+        record = json.loads(path.read_text().splitlines()[-1])
+        assert (record["domain"], record["line"]) == ("a", "oo\\x1b]0;ps")
+
+    play(scene)
+    assert "\033" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("prefix", ["", "nogui:"])

@@ -192,6 +192,7 @@ class Dispatcher:
             log=lambda line: source.note(f"call {record.number}: {line}"),
             service_path=self._service_path,
             config_path=self._config_path,
+            on_stderr=source.read_stderr,
         )
         self._served[service] = source.name
         try:

@@ -5,7 +5,7 @@ so it needs only what both loops have, and imports what a small program may.
 
 The service is started first and the channel joined to it afterwards (docs/spec/wire-protocol.md
 6.9.5), each whenever it is ready; a service that cannot be started still gets its channel, for the
-failed-start sequence of 13.6. Its stderr is ours and never goes to the caller.
+failed-start sequence of 13.6. Its stderr goes to us or our log, never to the caller.
 """
 
 from __future__ import annotations
@@ -63,13 +63,15 @@ class Dom0Call:
         on_gone: Callable[[], None] | None = None,
         service_path: str | None = None,
         config_path: str | None = None,
+        on_stderr: Callable[[int], None] | None = None,
     ) -> None:
         """Take the command without user part (6.9.5).
 
         ``on_done`` is called once, with the service's status, or 1 after a breach of the protocol
         on the channel. ``on_gone`` is called once when, besides, no process of the call is left:
         after a breach the service goes on with its streams closed. The paths replace the search
-        lists of the environment.
+        lists of the environment. ``on_stderr`` gets the descriptor from which the service's stderr
+        is to be read, to keep; without it the service has ours.
         """
         self._loop = loop
         self._text = text
@@ -79,6 +81,7 @@ class Dom0Call:
         self._on_gone = on_gone
         self._service_path = service_path
         self._config_path = config_path
+        self._on_stderr = on_stderr
         self._settings = ServiceConfiguration()
         self._started: Started | None = None
         self._failed: int | None = None
@@ -147,13 +150,15 @@ class Dom0Call:
             environment=self._environment,
             on_started=self._running,
             on_failed=self._fail,
-            dom0=True,
+            dom0=self._on_stderr is None,
             skip_descriptor=self._settings.skip_service_descriptor,
         )
 
     def _running(self, started: Started) -> None:
         self._attempt = None
         self._started = started
+        if started.err_fd >= 0 and self._on_stderr is not None:
+            self._on_stderr(started.err_fd)
         if started.pid > 0:
             self._pid = started.pid
             watch_exit(self._loop, started.pid, self._process_exited)

@@ -132,6 +132,13 @@ class DomainRun:
 
     # --- ending ---------------------------------------------------------------------------
 
+    def read_stderr(self, fd: int) -> None:
+        """Log what a service of dom0 writes to stderr for this domain, to the end of the pipe.
+
+        What it says may be the domain's own bytes, and as much as the domain likes.
+        """
+        StderrReader(self._loop, fd, self._log, last=False)
+
     def note(self, text: str) -> None:
         """Log a line that the domain caused, escaped already; floods of them are folded."""
         self._log(text)

@@ -12,6 +12,7 @@ docs/spec/core-stack.md 2, 12.4.1; docs/spec/wire-protocol.md 20.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -93,7 +94,7 @@ class AdminVM:
         """
         loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        self._folded = FoldedLog(loop, self.log)
+        self._folded = FoldedLog(loop, lambda line: self.log_of("dom0", line))
         raise_descriptor_limit(self.log)
         self.paths.create()
         self._audit = AuditLog(self.paths.audit_file, on_trouble=self.log)
@@ -162,12 +163,16 @@ class AdminVM:
             self._domain_lines = None
 
     def log(self, text: str) -> None:
-        """Write a line for the operator."""
+        """Write a line for the operator; a full disk or a terminal that is gone stops nobody."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{stamp} adminvm: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{stamp} adminvm: {text}", file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
-        """Write a line that calls can cause again and again; floods of them are folded."""
+        """Write a line that calls can cause again and again; floods of them are folded.
+
+        It goes where the lines of domains go, since they decide how many there are.
+        """
         (self._folded or self.log)(text)
 
     def log_of(self, name: str, line: str) -> None:
