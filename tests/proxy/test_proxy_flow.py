@@ -25,7 +25,7 @@ from sluice.proxy.filters.stop import StopSrc
 from sluice.proxy.flow import Flow, Settings
 from sluice.proxy.link import Call, Memory
 from sluice.proxy.schema import use_filter
-from sluice.proxy.verdicts import DST2SRC, HOLD, PASS, PASS_REST, SRC2DST, Abort, Replace
+from sluice.proxy.verdicts import DST2SRC, HOLD, PASS, PASS_REST, SRC2DST, Abort, Close, Replace
 
 BOTH = (SRC2DST, DST2SRC)
 
@@ -294,6 +294,27 @@ def test_an_abort_lets_nothing_more_pass() -> None:
     bench.source.send(b"not! fine")
     assert bench.cause().exit_code == 126
     assert drain(bench.far.read_in) == b"fine"
+
+
+@pytest.mark.parametrize("verdict", ["close", "abort"])
+def test_what_a_filter_closes_lets_nothing_more_pass_of_the_other_direction(verdict: str) -> None:
+    """Both directions have bytes at the same moment; the first one's say ends the second."""
+
+    class Guard(Inspect):
+        name = "guard"
+        inspects = (SRC2DST,)
+
+        def data(self, direction: Any, chunk: memoryview) -> Any:
+            return (PASS, Close(DST2SRC)) if verdict == "close" else Abort("enough")
+
+    bench = Bench(Guard)
+    bench.flow.start()
+    bench.settle()
+    bench.source.send(b"stop")
+    os.write(bench.far.write_out, b"secret")
+    bench.settle()
+    assert bench.source.recv(100) == b""
+    assert bench.flow.counters()["dst2src"]["written"] == 0
 
 
 def test_a_far_end_that_cannot_be_reached(descriptors: None) -> None:

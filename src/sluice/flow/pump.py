@@ -233,7 +233,7 @@ class Pump:
                 self._put(data)
 
     def _put(self, data: bytes | memoryview) -> None:
-        if self.reader_gone or self._dst_ended:
+        if self.reader_gone or self._dst_ended or self._done:
             self.discarded += len(data)
             return
         self._queue.append(data)

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 
 _SIGTERM, _SIGKILL = 15, 9
-_SIGNALS = range(1, 65)
-CLIENT_NAMES = ("qrexec-client-vm",)
 CLIENT_FALLBACK = "/usr/lib/qubes/qrexec-client-vm"
 
 
@@ -126,7 +124,7 @@ class ProgramEnd:
                 os.environ if self._environment is None else self._environment,
                 file_actions=actions,
                 **options,
-                setsigdef=_SIGNALS_TO_RESET,
+                setsigdef=SIGNALS_TO_RESET,
                 setsigmask=[],
             )
         finally:
@@ -214,7 +212,7 @@ def _moved_up(fd: int, least: int) -> int:
 
 
 # SIGPIPE is ignored by Python itself; SIGTERM and SIGINT may have handlers of ours.
-_SIGNALS_TO_RESET = (1, 2, 3, 10, 12, 13, 14, 15, 17)
+SIGNALS_TO_RESET = (1, 2, 3, 10, 12, 13, 14, 15, 17)
 
 
 def find_client(configured: str | None, path: str | None) -> str | None:
@@ -247,7 +245,4 @@ def client_end(
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("QREXEC_")
     }
-    for name in ("QREXEC_AGENT_PATH",):
-        if name in os.environ:
-            environment[name] = os.environ[name]
     return ProgramEnd(loop, argv, environment=environment, log=log, signal_code=125, group=group)

@@ -194,7 +194,8 @@ class Flow:
         ):
             self._shown_ended = self.chain.ended[:]
             self._shown_paused = self.chain.paused[:]
-            self.settle_soon()
+            # Now, not in the next round: what was closed or aborted lets nothing more pass.
+            self.settle()
         elif self.chain.next_due() != self._timer_due:
             self._arm()
         stream.update()

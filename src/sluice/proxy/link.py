@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 
 from sluice.errors import ResourceError
-from sluice.proxy.verdicts import SRC2DST, Direction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from sluice.flow.reactor import Loop
     from sluice.proxy.chain import Chain
     from sluice.proxy.stage import Stage
-    from sluice.proxy.verdicts import Bytes, Verdict
+    from sluice.proxy.verdicts import Bytes, Direction, Verdict
 
 # What a filter may hold that declares nothing (section 5).
 DEFAULT_MAX_HELD = 1 << 20
@@ -281,6 +280,3 @@ def _random() -> float:
 
 def _no_log(_text: str) -> None:
     return None
-
-
-__all__ = ["DEFAULT_MAX_HELD", "SRC2DST", "Call", "Held", "HeldTooMuchError", "Link", "Memory"]

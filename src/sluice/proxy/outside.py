@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sluice.proxy.far import _SIGNALS_TO_RESET
+from sluice.proxy.far import SIGNALS_TO_RESET
 from sluice.proxy.lines import LineSplitter
 
 TYPE_CHECKING = False
@@ -61,7 +61,7 @@ class Outside:
                     for number, fd in enumerate((child_in, child_out, child_err))
                 ],
                 setpgroup=0,
-                setsigdef=_SIGNALS_TO_RESET,
+                setsigdef=SIGNALS_TO_RESET,
                 setsigmask=[],
             )
         except OSError:
