@@ -38,7 +38,9 @@ import os
 while data := os.read(0, 65536):
     os.write(1, data)
 """
-ROLES = ("source", "target", "launcher", "server", "filter")
+ROLES = ("source", "target", "launcher", "server", "filter", "worker")
+CHAINS = {"filter": "outside", "worker": "plugin"}
+PLUGINS = Path(__file__).parent / "legacy/plugins"
 
 
 class Trial:
@@ -69,7 +71,8 @@ class Trial:
         if role == "target":
             pids = self.server.qube.pids()[self.pids :]
             return pids[0] if pids else None
-        return next(iter(outside(self.server)), None)
+        mark = "/through" if role == "filter" else "sluice-proxy-worker"
+        return next(iter(children(self.server, mark)), None)
 
     def finish(self) -> None:
         """See that source and launcher end, each in time."""
@@ -78,28 +81,38 @@ class Trial:
         self.source.wait(6)
 
 
-def outside(server: Resident) -> list[int]:
-    """Return the processes of outside filters, known by what they run."""
+def children(server: Resident, mark: str) -> list[int]:
+    """Return the server's processes that run something, known by a part of the command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and alive(int(entry.name)):
             try:
-                if str(server.directory).encode() + b"/through" in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+                line = (entry / "cmdline").read_bytes()
+                parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
             except OSError:
                 continue
+            ours = int(parent) == server.process.pid or str(server.directory).encode() in line
+            if ours and mark.encode() in line:
+                found.append(int(entry.name))
     return found
+
+
+def outside(server: Resident) -> list[int]:
+    """Return the processes of outside filters and of chains with plugins."""
+    return children(server, "/through") + children(server, "sluice-proxy-worker")
 
 
 @pytest.fixture
 def server() -> Iterator[Resident]:
     with resident(start=False) as made:
-        made.qube.configure("", "max_calls_source = 256")
+        settings = f'max_calls_source = 256\nlegacy_plugins = ["{PLUGINS}"]\n'
+        made.qube.configure("", settings)
         through = made.directory / "through.py"
         through.write_text(_THROUGH)
         made.qube.chain("look", "{ use = 'byte-limit', src2dst = '10G' }")
         program = f"['/usr/bin/python3', '-IS', '{through}']"
         made.qube.chain("outside", f"{{ use = 'program', src2dst = {program}, confine = false }}")
+        made.qube.chain("plugin", "'caesar'", "{ use = 'byte-limit', src2dst = '10G' }")
         yield made
 
 
@@ -111,7 +124,7 @@ def recorded(server: Resident, known: set[str]) -> set[str]:
 def kill_some(server: Resident, role: str, count: int, seed: int) -> None:
     """Kill one role of so many calls, each at a random moment, and look what is left."""
     chance = random.Random(seed)
-    chain = "outside" if role == "filter" else "look"
+    chain = CHAINS.get(role, "look")
     server.start()
     before = server.descriptors()
     known: set[str] = set()
