@@ -91,6 +91,7 @@ def records_of_all(qube: Vm, calls: int) -> None:
     assert list((qube.directory / "state/calls").iterdir()) == []
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-024", "PROXY-052")
 def test_kills_at_random_moments(qube: Vm) -> None:
     for seed in range(10):
@@ -145,6 +146,7 @@ def test_without_a_place_for_the_state_calls_are_made_all_the_same(qube: Vm) -> 
     assert len(qube.records()) == 1
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-054", "PROXY-055")
 def test_calls_at_once_are_bounded_where_each_is_a_process_too(qube: Vm) -> None:
     qube.configure("", "max_calls = 3\nmax_calls_source = 2\n")

@@ -231,6 +231,7 @@ def test_a_closed_reader_may_abort(qube: Vm) -> None:
     assert qube.records()[0]["cause"] == "closed-reader"
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-023", "PROXY-031")
 def test_abort_ends_both_legs_and_leaves_no_process(qube: Vm) -> None:
     """A far end that ignores SIGTERM: both streams end within a second, it itself after two."""
@@ -249,6 +250,7 @@ def test_abort_ends_both_legs_and_leaves_no_process(qube: Vm) -> None:
     assert "timeout" in qube.log()
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-024")
 def test_a_source_that_vanishes_ends_the_far_end(qube: Vm) -> None:
     """Also where the target neither reads nor writes."""
@@ -262,6 +264,7 @@ def test_a_source_that_vanishes_ends_the_far_end(qube: Vm) -> None:
     assert qube.records()[0]["cause"] == "source-gone"
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-024")
 def test_a_target_that_vanishes_ends_the_source(qube: Vm) -> None:
     process = qube.start("pass+vault+mirror")
@@ -273,6 +276,7 @@ def test_a_target_that_vanishes_ends_the_source(qube: Vm) -> None:
     assert time.monotonic() - begun < 1
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-024")
 def test_a_proxy_that_vanishes_gives_both_sides_end_of_file(qube: Vm) -> None:
     qube.service("waits", f"#!/bin/sh\ncat >/dev/null\ntouch {qube.directory}/ended\n")
@@ -284,6 +288,7 @@ def test_a_proxy_that_vanishes_gives_both_sides_end_of_file(qube: Vm) -> None:
     process.wait()
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-023")
 def test_sigterm_is_an_abort_with_a_record(qube: Vm) -> None:
     process = qube.start("pass+vault+mirror")
@@ -409,6 +414,7 @@ def test_a_slow_reader_makes_the_writer_wait_and_the_proxy_stays_small(qube: Vm)
     assert process.wait(5) == 0
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-022")
 def test_an_idle_call_does_not_wake_up(idle: tuple[int, int, float]) -> None:
     """Ten seconds in all; the other tests of this file take most of them."""

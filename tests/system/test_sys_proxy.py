@@ -96,6 +96,7 @@ def test_exit_codes_of_service_policy_and_rules(running: Running) -> None:
     assert call(running, "pass+proxy+qrexec-proxy+pass+vault+test.Echo", "x") == (125, "")
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-031", "PROXY-023")
 def test_a_timeout_ends_both_legs(running: Running) -> None:
     begun = time.monotonic()
@@ -121,6 +122,7 @@ def test_counts_outlive_a_restart_of_the_domain(running: Running) -> None:
     assert "2 calls in 1h" in running.run("proxy", "sluice proxy log -n 1")[1]
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-024")
 def test_a_target_domain_that_dies_ends_the_call(running: Running) -> None:
     process = running.start("work", "qrexec-client-vm proxy qrexec-proxy+pass+vault+test.Wait")
@@ -131,6 +133,7 @@ def test_a_target_domain_that_dies_ends_the_call(running: Running) -> None:
     assert call(running, "pass+vault+test.Echo", "again") == (0, "again")
 
 
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-024")
 def test_a_proxy_domain_that_dies_ends_the_call(running: Running) -> None:
     process = running.start("work", "qrexec-client-vm proxy qrexec-proxy+pass+vault+test.Wait")
