@@ -726,7 +726,7 @@ def test_record_aborts_at_its_bounds_and_when_the_disk_is_full(tmp_path: Path) -
     book >> data(SRC2DST, b"x" * 1000) << aborts("larger than is allowed") << nothing()
     book >> closed()
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
-    book = play(Record, directory=str(tmp_path), quota=1000)
+    book = play(Record, directory=str(tmp_path), quota=5000)
     book >> data(SRC2DST, b"x" * 800) << aborts("larger than is allowed")
     book = play(Record, directory=str(tmp_path)).open()
     full = os.open("/dev/full", os.O_WRONLY)
@@ -734,3 +734,28 @@ def test_record_aborts_at_its_bounds_and_when_the_disk_is_full(tmp_path: Path) -
     os.close(full)
     book >> data(SRC2DST, b"x") << aborts("No space left", "filter") << nothing()
     book >> closed() << logs("the record has no end")
+
+
+@pytest.mark.spec("PROXY-064")
+def test_calls_that_are_recorded_at_once_share_the_quota(tmp_path: Path) -> None:
+    quota, piece = 1 << 20, b"x" * 4096
+    books = [play(Record, directory=str(tmp_path), quota=quota).open() for _ in range(8)]
+    alive = list(books)
+    while alive:
+        for book in list(alive):
+            book >> data(SRC2DST, piece)
+            try:
+                book << passes(piece)
+            except AssertionError:
+                book << aborts("larger than is allowed")
+                alive.remove(book)
+    assert (
+        sum(path.stat().st_size for path in tmp_path.iterdir()) < quota + len(books) * quota // 32
+    )
+
+
+@pytest.mark.spec("PROXY-064")
+def test_many_small_records_use_up_the_quota(tmp_path: Path) -> None:
+    for _ in range(4):
+        play(Record, directory=str(tmp_path), quota=16384).open() >> closed()
+    play(Record, directory=str(tmp_path), quota=16384) << aborts("cannot record")

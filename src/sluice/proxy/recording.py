@@ -26,6 +26,7 @@ FRAME = struct.Struct("<BdI")
 END_OF = 2
 END = 4
 _MAX_HEADER = 65536
+_BLOCK = 4096
 
 
 class RecordingError(OSError):
@@ -90,14 +91,19 @@ class Recording:
             self._fd = -1
 
 
+def space(size: int) -> int:
+    """Return what a file of ``size`` bytes takes of a disk, so that small ones count as well."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
 def used(directory: str) -> int:
-    """Return how many bytes the records of a directory take."""
+    """Return how many bytes the records of a directory take on the disk."""
     total = 0
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.endswith(SUFFIX):
                 try:
-                    total += entry.stat(follow_symlinks=False).st_size
+                    total += space(max(entry.stat(follow_symlinks=False).st_size, 1))
                 except FileNotFoundError:
                     continue
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sluice.proxy.options import OptionError, Size
-from sluice.proxy.recording import END, END_OF, Recording, RecordingError, used
+from sluice.proxy.recording import END, END_OF, Recording, RecordingError, space, used
 from sluice.proxy.verdicts import CONTINUE, DST2SRC, PASS, SRC2DST, Abort, Direction, Refuse
 
 TYPE_CHECKING = False
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from sluice.proxy.chain import Cause
     from sluice.proxy.link import Call, Link
     from sluice.proxy.verdicts import Answer
+
+
+# Calls that are recorded at the same time share the quota: each looks at it again and again.
+_LOOK = 1 << 20
 
 
 class Record:
@@ -51,6 +55,7 @@ class Record:
         self._link = link
         self._file: Recording | None = None
         self._begun = 0.0
+        self._looked = 0
 
     def opened(self, call: Call) -> Answer:
         """Make the file."""
@@ -65,10 +70,7 @@ class Record:
             "time": self._link.wall_time(),
         }
         try:
-            left = self._options.quota - used(self._options.directory)
-            self._file = Recording(
-                self._options.directory, about, min(self._options.max_bytes, max(left, 0))
-            )
+            self._file = Recording(self._options.directory, about, self._allowance(0))
         except OSError as error:
             return Refuse(f"cannot record: {error.strerror}")
         self._link.log(f"recorded in {self._file.path}")
@@ -92,8 +94,20 @@ class Record:
                 self._link.log(f"the record has no end: {error.strerror}")
             self._file.close()
 
+    def _allowance(self, own: int) -> int:
+        """Return how large the record may become; ``own`` bytes of it are there. Raises OSError."""
+        left = self._options.quota - used(self._options.directory) + space(own)
+        return min(self._options.max_bytes, max(left, 0))
+
     def _record(self, kind: int, payload: bytes | memoryview) -> Abort | None:
         assert self._file is not None
+        step = min(_LOOK, self._options.quota // 64)
+        try:
+            if self._file.size + len(payload) - self._looked > step:
+                self._looked = self._file.size
+                self._file.allowance = self._allowance(self._looked)
+        except OSError as error:
+            return Abort(f"cannot record: {error.strerror}")
         try:
             self._file.frame(kind, self._now(), payload)
         except RecordingError as error:
