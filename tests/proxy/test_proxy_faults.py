@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.support.proxy import Vm, alive, eventually, vm
 
+from sluice.proxy import log as proxy_log
 from sluice.proxy.audit import Audit
 from sluice.proxy.unfinished import Unfinished
 
@@ -172,3 +173,17 @@ def test_places_of_calls_that_are_over_leave_nothing_behind(qube: Vm) -> None:
     for argument in ("a", "b", "c"):
         assert qube.call(f"few+vault+mirror+{argument}", b"x").stdout == b"x"
     assert list((qube.directory / "state/concurrent").iterdir()) == []
+
+
+def test_the_log_of_a_server_does_not_grow_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_log, "_MAX_FILE", 10_000)
+    path = tmp_path / "log"
+    log = proxy_log.Log(str(path))
+    for number in range(1000):
+        log.write(f"refused: {number}")
+    log.close()
+    assert sorted(os.listdir(tmp_path)) == ["log", "log.1"]
+    assert all(file.stat().st_size < 11_000 for file in tmp_path.iterdir())
+    assert "refused: 999" in path.read_text() + (tmp_path / "log.1").read_text()

@@ -37,6 +37,8 @@ class Log:
         """
         self._socket: _socket.socket | None = None
         self._fd = -1
+        self._path = ""
+        self._size = 0
         self._journal = False
         if where in ("auto", "journal", "syslog"):
             if where != "syslog":
@@ -71,6 +73,7 @@ class Log:
             if os.path.exists(path) and os.path.getsize(path) > _MAX_FILE:
                 os.replace(path, path + ".1")
             self._fd = os.open(path, flags, 0o600)
+            self._path, self._size = path, os.fstat(self._fd).st_size
         except OSError:
             self._fd = -1
 
@@ -86,7 +89,12 @@ class Log:
                 self._socket.send(message.encode())
             elif self._fd >= 0:
                 stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ ", time.gmtime()) if self._fd > 2 else ""
-                os.write(self._fd, f"{stamp}{IDENTIFIER}[{os.getpid()}]: {line}\n".encode())
+                whole = f"{stamp}{IDENTIFIER}[{os.getpid()}]: {line}\n".encode()
+                self._size += os.write(self._fd, whole)
+                if self._path and self._size > _MAX_FILE:
+                    # A server lives long, and what is refused is logged too.
+                    self.close()
+                    self._open(self._path)
         except OSError:
             # Nobody is there to be told; the audit record still says how the call ended.
             pass
