@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -115,6 +118,22 @@ def copy(source: Path, destination: Path) -> list[str]:
     return skipped
 
 
+def test_the_sender_does_not_let_everybody_write(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").touch()
+    for path in (source, source / "file"):
+        path.chmod(0o777)
+    before = os.umask(0o027)
+    try:
+        copy(source, tmp_path / "copy")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "copy/file").stat().st_mode & 0o777 == 0o750
+
+
 def test_a_tree_arrives_unchanged(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "a/b").mkdir(parents=True)
@@ -140,6 +159,27 @@ def test_nothing_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(copying.CopyError, match="File exists"):
         copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "old"
+
+
+def test_into_a_directory_under_its_own_name(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a").write_text("text")
+    copying.send(writing, str(tmp_path / "a"))
+    copying.receive(reading, str(tmp_path / "there"), "a")
+    assert (tmp_path / "there/a").read_text() == "text"
+    copying.send(writing, str(tmp_path / "a"))
+    with pytest.raises(copying.CopyError, match="File exists"):
+        copying.receive(reading, str(tmp_path / "there"), "a")
+    os.close(reading)
+    os.close(writing)
+
+
+def test_an_interrupted_command_ends_by_the_signal() -> None:
+    program = "import sluice.cli.common as c\n@c.tell_errors\ndef f(): raise KeyboardInterrupt\nf()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == b""
 
 
 def stream(*entries: tuple[int, int, int, bytes, bytes]) -> bytes:

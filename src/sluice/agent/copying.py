@@ -91,6 +91,9 @@ class Receiver:
         """``read(n)`` returns exactly n bytes or raises; ``top`` is the name of the first entry."""
         self._read = read
         self._top = top
+        # The sender does not decide that everybody may write here.
+        self._mask = os.umask(0o077)
+        os.umask(self._mask)
         # Open directories from ``parent`` down, each with the mode it gets when it is left.
         self._open = [(os.dup(parent), -1)]
 
@@ -122,7 +125,7 @@ class Receiver:
             if len(self._open) < 2:
                 raise CopyError("a directory is left that was not entered")
             descriptor, left_mode = self._open.pop()
-            os.fchmod(descriptor, left_mode)
+            os.fchmod(descriptor, left_mode & ~self._mask)
             os.close(descriptor)
             return
         # Control characters are legal in names, and a trap for whoever lists them on a terminal.
@@ -146,13 +149,18 @@ class Receiver:
                 data = self._read(min(size, CHUNK))
                 _write(descriptor, data)
                 size -= len(data)
-            os.fchmod(descriptor, mode)
+            os.fchmod(descriptor, mode & ~self._mask)
         finally:
             os.close(descriptor)
 
 
-def receive(stream: int, destination: str) -> None:
-    """Receive as ``destination``, a name that does not exist yet. Raises CopyError."""
+def receive(stream: int, destination: str, name_below: str = "") -> None:
+    """Receive as ``destination``, a name that does not exist yet. Raises CopyError.
+
+    Where it is a directory and ``name_below`` is given, as that name in it.
+    """
+    if name_below and os.path.isdir(destination):
+        destination = os.path.join(destination, name_below)
     parent, name = os.path.split(os.path.normpath(destination))
     try:
         directory = os.open(parent or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -176,9 +184,9 @@ def receive(stream: int, destination: str) -> None:
 
 
 def main(arguments: "list[str]") -> int:
-    """Run ``sluice-copy send PATH`` or ``sluice-copy receive PATH`` inside a domain."""
-    if len(arguments) != 2 or arguments[0] not in ("send", "receive"):
-        os.write(2, b"usage: sluice-copy send|receive PATH\n")
+    """Run ``sluice-copy send PATH`` or ``sluice-copy receive PATH [NAME]`` inside a domain."""
+    if len(arguments) not in (2, 3) or arguments[0] not in ("send", "receive"):
+        os.write(2, b"usage: sluice-copy send PATH | receive PATH [NAME]\n")
         return 2
     home = os.environ.get("HOME", "/")
     path = os.path.join(home, os.path.expanduser(arguments[1]))
@@ -188,7 +196,7 @@ def main(arguments: "list[str]") -> int:
             if skipped:
                 os.write(2, f"left out (not a file or directory): {skipped[0]}\n".encode())
         else:
-            receive(0, path)
+            receive(0, path, *arguments[2:])
     except CopyError as error:
         os.write(2, f"{error}\n".encode("utf-8", "backslashreplace"))
         return 1
