@@ -248,6 +248,14 @@ def test_a_compiled_file_of_somebody_else_or_damaged_is_not_used(tmp_path: Path)
     assert fast(tmp_path, path) == (["one-way"], True)
 
 
+def test_few_configurations_are_kept(tmp_path: Path) -> None:
+    for number in range(40):
+        path = written(tmp_path, GOOD, f"{number}.toml")
+        fast(tmp_path, path)
+        assert len(list((tmp_path / "cache").iterdir())) <= 33
+    assert fast(tmp_path, path) == (["one-way"], True)
+
+
 def test_a_new_drop_in_file_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "proxy.d").mkdir()
     written(tmp_path, GOOD)

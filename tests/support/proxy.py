@@ -42,6 +42,7 @@ class Vm:
         self.directory = directory
         (directory / "services").mkdir()
         (directory / "bin").mkdir()
+        (directory / "run").mkdir(mode=0o700)
         self.client = self.script("qrexec-client-vm", CLIENT, directory)
         self.audit = directory / "audit.jsonl"
         self.logfile = directory / "proxy.log"
@@ -78,6 +79,7 @@ class Vm:
             "PATH": "/usr/bin:/bin",
             "HOME": str(self.directory),
             "XDG_STATE_HOME": f"{self.directory}/xdg",
+            "XDG_RUNTIME_DIR": f"{self.directory}/run",
             "SLUICE_PROXY_CONFIG": str(self.config),
             **more,
         }

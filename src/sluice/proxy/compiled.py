@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Raised whenever what is kept means something else than before.
 FORMAT = 1
 _MAX = 4 << 20
+_MOST_KEPT = 32
 _CHAIN_FIELDS = (
     "description",
     "services",
@@ -187,9 +188,20 @@ def _keep(
         finally:
             os.close(fd)
         os.replace(temporary, path)
+        _prune(os.path.dirname(path), path)
     except (OSError, ValueError):
         # It will be tried again by the next call; this one has what it needs.
         pass
+
+
+def _prune(directory: str, but: str) -> None:
+    """Begin anew where many configurations were kept: nobody has so many at a time."""
+    names = os.listdir(directory)
+    if len(names) > _MOST_KEPT:
+        for name in names:
+            path = f"{directory}/{name}"
+            if name.endswith(".config") and path != but:
+                os.unlink(path)
 
 
 class _Uses:
