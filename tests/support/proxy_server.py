@@ -152,8 +152,16 @@ def resident(*, start: bool = True) -> Iterator[Resident]:
 
 
 def left_over(qube: Vm) -> list[int]:
-    """Return the far ends that still run."""
-    return [pid for pid in qube.pids() if alive(pid)]
+    """Return the far ends that still run. A number may have come to mean another process."""
+    return [pid for pid in qube.pids() if alive(pid) and _belongs(pid, qube)]
+
+
+def _belongs(pid: int, qube: Vm) -> bool:
+    """Tell whether a process has the environment of this Vm."""
+    try:
+        return os.fsencode(qube.directory) in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
 
 
 __all__ = ["LAUNCHER", "Path", "Resident", "left_over", "read_all", "resident"]
