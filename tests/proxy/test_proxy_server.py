@@ -123,6 +123,7 @@ def test_a_launcher_that_dies_ends_its_call(server: Resident) -> None:
     server.qube.service("idle", "#!/bin/sh\necho up\nexec sleep 60\n")
     process = server.launch("pass+vault+idle")
     assert process.stdout.read(3) == b"up\n"
+    assert left_over(server.qube)
     process.kill()
     assert process.stdout.read() == b""
     eventually(lambda: not left_over(server.qube), 3)
