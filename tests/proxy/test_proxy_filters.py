@@ -542,13 +542,25 @@ def test_count_refuses_where_others_can_write_the_state(tmp_path: Path) -> None:
 
 @pytest.mark.spec("PROXY-033")
 def test_count_refuses_the_10001st_key_until_old_ones_are_out_of_their_interval(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = tmp_path / "count"
     where.mkdir(mode=0o700)
     for number in range(10_000):
         (where / f"{number:064x}").write_bytes(counting.encode(100.0, [1e9]))
-    assert not attempt(tmp_path, 1e9 + 50)
+    scans: list[float] = []
+    real = counting._forget_old
+
+    def forget(where: str, now: float) -> None:
+        scans.append(now)
+        real(where, now)
+
+    monkeypatch.setattr(counting, "_forget_old", forget)
+    # Looking through them all is dear: a source that is refused again and again cannot have it done
+    # each time.
+    assert [attempt(tmp_path, 1e9 + 50 + at / 10) for at in range(5)] == [False] * 5
+    assert scans == [1e9 + 50]
+    monkeypatch.setattr(counting, "_scanned", {})
     assert attempt(tmp_path, 1e9 + 101)
     assert len(list(where.iterdir())) < 10
 

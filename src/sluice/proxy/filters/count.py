@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from sluice.proxy.verdicts import Answer
 
 MAX_KEYS = 10_000
+# Looking through all keys takes a moment in which the process does nothing else.
+_SCAN_EVERY = 1.0
 _HEADER = "sluice-count 1"
 # The lock is held for a millisecond; who cannot get it for so long finds something broken.
 _RETRY, _PATIENCE = 0.01, 5.0
 _MAX_LIMIT = 10_000
+
+
+# When the keys of a directory were looked through, for the calls of one process.
+_scanned: dict[str, float] = {}
 
 
 class Count:
@@ -89,15 +95,23 @@ class Count:
         except ValueError as error:
             return Refuse(f"the state cannot be read: {error}")
 
+    def _make_room(self, where: str) -> bool:
+        """Forget keys that hold no call back, now and then; tell whether there is room."""
+        now = self._link.time()
+        last = _scanned.get(where)
+        if last is not None and 0 <= now - last < _SCAN_EVERY:
+            return False
+        _scanned[where] = now
+        _forget_old(where, self._link.wall_time())
+        return _keys(where) < MAX_KEYS
+
     def _counted(self, where: str, call: Call) -> Answer:
         """Read, decide and write, with the lock held."""
         path = f"{where}/{state.key_of(self._options.per, self._link.name, call)}"
         kept = state.read(path)
         if kept is None:
-            if _keys(where) >= MAX_KEYS:
-                _forget_old(where, self._link.wall_time())
-                if _keys(where) >= MAX_KEYS:
-                    return Refuse(f"more than {MAX_KEYS} different callers are remembered")
+            if _keys(where) >= MAX_KEYS and not self._make_room(where):
+                return Refuse(f"more than {MAX_KEYS} different callers are remembered")
             calls: list[float] = []
         else:
             calls = parse(kept)[1]
