@@ -142,6 +142,13 @@ def test_replay_asks_first_and_the_same_service_gives_the_same_bytes(qube: Vm) -
     done = sluice(qube, "replay", path, data=b"y\n")
     assert done.returncode == 0 and "same answer: 300000 bytes, exit code 0" in done.stdout
     assert len(qube.calls()) == calls + 1
+    # What names a call that could not have been is no record of ours.
+    whole = Path(path).read_bytes()
+    odd = qube.directory / "odd.rec"
+    odd.write_bytes(whole.replace(b'"argument": null', b'"argument": "\\u001b]0;x"', 1))
+    assert odd.read_bytes() != whole
+    done = sluice(qube, "replay", str(odd), data=b"n\n")
+    assert done.returncode == 125 and "\x1b" not in done.stderr + done.stdout
     out = qube.directory / "answer"
     done = sluice(qube, "replay", "--yes", "--output", str(out), path, "--", "tr", "\\000", "x")
     assert done.returncode == 1 and "first difference at byte" in done.stdout

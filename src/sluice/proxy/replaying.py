@@ -30,7 +30,12 @@ class Outcome(NamedTuple):
 
 def load(path: str) -> Recorded:
     """Read a record. Raises LocalError where it is none."""
-    from sluice.proxy.names import CallNameError, is_valid_service_name, parse_target
+    from sluice.proxy.names import (
+        CallNameError,
+        is_valid_service_name,
+        parse_call_name,
+        parse_target,
+    )
 
     said, answered, complete = [], [], False
     try:
@@ -49,11 +54,13 @@ def load(path: str) -> Recorded:
         raise LocalError(f"{path}: names no service")
     if argument is not None and not isinstance(argument, str):
         raise LocalError(f"{path}: is damaged")
+    descriptor = service if argument is None else f"{service}+{argument}"
     try:
+        # It is shown in a question and given to a program: only what a call may have.
+        parse_call_name(f"-+@default+{descriptor}")
         target = parse_target(str(call.get("target")))
     except CallNameError as error:
         raise LocalError(f"{path}: {error}") from None
-    descriptor = service if argument is None else f"{service}+{argument}"
     return Recorded(target, descriptor, b"".join(said), b"".join(answered), complete)
 
 
