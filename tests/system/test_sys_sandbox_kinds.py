@@ -198,9 +198,16 @@ def test_copies_to_a_domain_and_back(inside: Machine) -> None:
     assert done.returncode == 0, done.stderr
     assert (back / "a/file").read_text() == "content"
     assert sorted(p.name for p in back.rglob("*")) == ["a", "file"]
-    assert cp(str(source), "work:tree").returncode == 1  # it exists
+    # Into what is a directory already, under its own name; nothing is replaced.
+    for there in ("work:", "work:/home/user/tree", "work:tree/a"):
+        done = cp(str(source / "a/file"), there)
+        assert done.returncode == (1 if there == "work:tree/a" else 0), done.stderr
+    assert inside.shell("cat file tree/file").stdout == b"contentcontent"
+    assert cp("work:tree/file", str(back)).returncode == 0
+    assert (back / "file").read_text() == "content"
+    assert cp("work:/etc/passwd", str(back / "file")).returncode == 1
+    assert cp("work:", str(back)).returncode == 125  # under which name?
     assert cp("work:nothing", str(inside.root / "user/x")).returncode == 1
-    assert cp("work:/etc/passwd", str(back)).returncode == 1
     inside.shell("mkdir -p out; cp /bin/true out/x; echo evil > 'out/a\033]0;x'")
     assert cp("work:out", str(inside.root / "user/out")).returncode == 1
     assert [p.name for p in (inside.root / "user/out").iterdir()] in ([], ["x"])

@@ -35,7 +35,8 @@ from sluice.wire.names import escape
 def command(source: str, destination: str, user: str, root: str | None) -> None:
     """Copy a file or directory: `sluice cp FILE NAME:PATH`, or `sluice cp NAME:PATH FILE`.
 
-    A PATH that is not absolute begins in the user's home. Existing files are not replaced.
+    A PATH that is not absolute begins in the user's home. Into a directory that exists the copy
+    goes under its own name. Existing files are not replaced.
     """
     paths = places(root)
     from_domain, to_domain = split(source), split(destination)
@@ -69,7 +70,9 @@ def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
     make_running(paths, name)
     if not os.path.lexists(source):
         raise LocalError(f"{source}: no such file")
-    command = client(paths, name, _program(paths, name, "receive", path), user)
+    own_name = os.path.basename(os.path.abspath(source))
+    words = ["receive", path, own_name] if own_name else ["receive", path]
+    command = client(paths, name, _program(paths, name, *words), user)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stderr is not None
@@ -90,6 +93,9 @@ def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
 
 def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) -> None:
     """Receive from a domain, as ``destination``. Raises LocalError or RemoteError."""
+    own_name = os.path.basename(os.path.normpath(path))  # ours: the domain does not choose it
+    if os.path.isdir(destination) and own_name in ("", ".", "..", "~"):
+        raise LocalError(f"{destination}: is a directory; say what the copy is to be called")
     make_running(paths, name)
     command = client(paths, name, _program(paths, name, "send", path), user)
     process = subprocess.Popen(
@@ -101,7 +107,7 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
     with process:
         try:
             with process.stdout as stream:
-                receive(stream.fileno(), destination)
+                receive(stream.fileno(), destination, own_name)
         except CopyError as error:
             failure = str(error)
         said = process.stderr.read(4096)
