@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -53,6 +55,10 @@ def tell_errors(command: Command) -> Command:
         except OSError as error:
             click.echo(f"sluice: {error}", err=True)
             sys.exit(ResourceError.exit_code)
+        except KeyboardInterrupt:
+            # Ended by the signal itself: a shell or a script above us has to see that.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
     return wrapper  # type: ignore[return-value]
 
