@@ -4,7 +4,7 @@ JSON lines over AF_UNIX: one request object a line, one answer object a line, in
 
     {"method": "start", "name": "work"}
     {"ok": true, "result": null}
-    {"ok": false, "error": "there is no such domain", "kind": "LocalError"}
+    {"ok": false, "error": "there is no domain work", "kind": "LocalError"}
 
 ========  ======================  =============================================================
 method    fields                  result

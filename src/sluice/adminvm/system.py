@@ -43,6 +43,7 @@ from sluice.domains.sandbox.base import Sandbox
 from sluice.errors import LocalError, ResourceError, SluiceError
 from sluice.policy.files import PolicyStore
 from sluice.wire import messages as wire
+from sluice.wire.names import escape
 
 WANTED_DESCRIPTORS = 8192
 STOP_WITHIN = 1.8  # seconds; the promise is two
@@ -224,9 +225,9 @@ class AdminVM:
     def _startable(self, name_or_uuid: str) -> DomainConfig:
         domain = self.registry.get(name_or_uuid)
         if domain is None:
-            raise LocalError("there is no such domain")
+            raise LocalError(f"there is no domain {escape(name_or_uuid)}")
         if domain.is_admin or domain.klass == "RemoteVM":
-            raise LocalError(f"{domain.name}: a {domain.klass} cannot be started")
+            raise LocalError(f"{domain.name}: is of class {domain.klass}, which cannot be started")
         if domain.kind not in self.sandboxes:
             raise LocalError(f"{domain.name}: there is no sandbox of kind {domain.kind!r}")
         return domain
@@ -279,18 +280,26 @@ class AdminVM:
         """End a domain and wait until nothing of it is left. Raises LocalError if it is halted."""
         run = self._runs.get(name)
         if run is None:
-            raise LocalError(f"Domain is powered off: '{name}'")
+            raise LocalError(self._why_not_running(name))
         if kill:
             run.kill("killed")
         else:
             run.stop("stopped")
         await asyncio.shield(run.ended)
 
+    def _why_not_running(self, name: str) -> str:
+        domain = self.registry.get(name)
+        if domain is None:
+            return f"there is no domain {escape(name)}"
+        if domain.is_admin:
+            return f"{domain.name}: ends with the system (`sluice down`)"
+        return f"Domain is powered off: '{domain.name}'"
+
     def change_limits(self, name: str, **limits: int | None) -> None:
         """Set other limits for a domain that runs. Raises LocalError."""
         run = self._runs.get(name)
         if run is None or run.running is None:
-            raise LocalError(f"Domain is powered off: '{name}'")
+            raise LocalError(self._why_not_running(name))
         run.running.change_limits(**limits)
 
     async def reach(self, name_or_uuid: str, autostart: bool) -> DomainRun:
