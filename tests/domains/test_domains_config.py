@@ -124,6 +124,9 @@ template = "dvm"
         ("[domains.a.files]\n'/rw/../etc/x' = 'x'\n", 2, ["no place for a file"]),
         ("[domains.a.files]\n'/rw/x' = 'missing'\n", 2, ["No such file"]),
         ("[domains.a.features]\n'x y' = '1'\n", 2, ["not a feature's name"]),
+        ("[domains.a.features]\n'sandbox.pid-max' = 5\n", 2, ["'sandbox.pids-max'"]),
+        ("[domains.a.features]\n'sandbox.pids-max' = 'many'\n", 2, ["whole number"]),
+        ("[system]\ndefault_dispvm = 'b'\n[domains.a]\n", 2, ["system.default_dispvm", "'b'"]),
         ("[domains.a\n", 1, []),
     ],
 )

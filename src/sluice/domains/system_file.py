@@ -27,6 +27,9 @@ from sluice.wire.names import is_valid_domain_name
 
 KINDS = ("bubblewrap", "process")
 MAX_FILE = 1 << 20  # bytes of a file laid in a domain
+PIDS_FEATURE = "sandbox.pids-max"
+SANDBOX_FEATURES = (PIDS_FEATURE, "sandbox.allow-userns")
+MAX_PIDS = 4_194_304
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _FEATURE = re.compile(r"[A-Za-z0-9_.-]{1,256}\Z")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")
@@ -157,8 +160,19 @@ class _Reader:
                 item = "1" if item else ""
             if not isinstance(item, str | int) or len(str(item)) > 4096 or "\0" in str(item):
                 self.fail(f"{key}.{name}", "must be text, a number, true or false")
+            if name.startswith("sandbox."):
+                self._of_sandbox(f"{key}.{name}", name, str(item))
             made[check(f"{key}.{name}", name)] = str(item)
         return MappingProxyType(made)
+
+    def _of_sandbox(self, key: str, name: str, value: str) -> None:
+        """These are ours: a limit that is misspelt must not simply not hold."""
+        if name not in SANDBOX_FEATURES:
+            self.unknown(key, name, list(SANDBOX_FEATURES))
+        if name == PIDS_FEATURE and not (
+            value.isascii() and value.isdigit() and 0 < int(value) <= MAX_PIDS
+        ):
+            self.fail(key, f"must be a whole number from 1 to {MAX_PIDS}")
 
     def files(self, key: str, value: Any) -> Mapping[str, tuple[int, str]]:
         if not isinstance(value, dict):
@@ -257,8 +271,12 @@ def _domain(reader: _Reader, name: str, table: Any, defaults: SystemDefaults) ->
     return settings
 
 
-def _check_references(reader: _Reader, domains: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_references(
+    reader: _Reader, defaults: SystemDefaults, domains: Mapping[str, Mapping[str, Any]]
+) -> None:
     names = {DOM0.name, *domains}
+    if defaults.default_dispvm is not None and defaults.default_dispvm not in names:
+        reader.fail("system.default_dispvm", f"there is no domain {defaults.default_dispvm!r}")
     for name, settings in domains.items():
         for reference in ("default_dispvm", "netvm", "relayvm"):
             other = settings.get(reference)
@@ -298,7 +316,7 @@ def load(path: Path | str) -> SystemFile:
     if not isinstance(tables, dict):
         reader.fail("domains", "must be a table of domains")
     domains = {name: _domain(reader, name, table, defaults) for name, table in tables.items()}
-    _check_references(reader, domains)
+    _check_references(reader, defaults, domains)
     for settings in domains.values():
         if settings.get("klass") == "DispVM":
             # A disposable begins with the files of what it was made from.
