@@ -95,6 +95,46 @@ def test_frames_come_out_as_they_went_in(frames: list[tuple[int, bytes]], size: 
 # --- copying ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("sent", "undone"),
+    [
+        (b"plain\x1b[2J\x1b[3;4H", b""),
+        (b"\x1b[8mhidden", b"\x1b[0m"),
+        (b"\x1b[?1049h\x1b[?25l", b"\x1b[?1049l\x1b[?25h"),
+        (b"\x1b[?1049;025h\x1b[?1049l", b""),
+        (b"\x1b[?07l\x1b[4h", b"\x1b[?7h\x1b[4l"),
+        (b"\x1b(0", b"\x1b(B"),
+        (b"\x1b[1;2r", b"\x1b7\x1b[r\x1b8"),
+        (b"\x1b=", b"\x1b>"),
+        (b"\x1b[?1000h", b""),  # did not pass
+    ],
+)
+def test_what_a_stream_left_changed_is_put_back(sent: bytes, undone: bytes) -> None:
+    escapes = EscapeFilter()
+    escapes.feed(sent)
+    assert escapes.undo() == undone
+    assert escapes.undo() == b""
+
+
+@pytest.mark.parametrize("relay", ["sh.relay(argv, EscapeFilter())", "run_filtered(argv)"])
+def test_a_domain_does_not_leave_the_terminal_in_disguise(relay: str) -> None:
+    program = (
+        "import sluice.cli.shell as sh\n"
+        "from sluice.cli.run import run_filtered\n"
+        "from sluice.cli.escapes import EscapeFilter\n"
+        "argv = ['/usr/bin/printf', '%b', '\\\\033[8mx']\n"
+    )
+    master, slave = os.openpty()
+    subprocess.run(
+        [sys.executable, "-c", program + relay],
+        stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, timeout=20, check=True,
+    )  # fmt: skip
+    shown = os.read(master, 4096)
+    os.close(slave)
+    os.close(master)
+    assert shown == b"\x1b[8mx\x1b[0m"
+
+
 def copy(source: Path, destination: Path) -> list[str]:
     """Send and receive over a pipe."""
     reading, writing = os.pipe()
@@ -269,6 +309,9 @@ def test_init_writes_a_system_that_loads(tmp_path: Path) -> None:
         [tmp_path / "config/policy.d"], legacy_directory=tmp_path / "config/policy.legacy"
     )
     store.load()
+    assert f"`sluice up --root {tmp_path}`" in done.output
+    proxy = tmp_path / "config/template/host/etc/qubes-rpc/qrexec-proxy"
+    assert os.readlink(proxy) == "/usr/lib/sluice/bin/qrexec-proxy"
     again = CliRunner().invoke(main, ["init", "--root", str(tmp_path)])
     assert again.exit_code == 125
     assert "there is a system already" in again.output

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import click
 
-from sluice.cli.common import places, root_option, tell_errors
+from sluice import runtime
+from sluice.cli.common import chosen_root, places, root_option, tell_errors
 from sluice.domains.paths import Paths
 from sluice.errors import LocalError
 
@@ -93,7 +95,8 @@ def command(root: str | None) -> None:
     made = lay(paths)
     for path in made:
         click.echo(f"wrote {path}")
-    click.echo(f"next: edit {paths.system_file}, then `sluice up`")
+    where = f" --root {shlex.quote(chosen)}" if (chosen := chosen_root(root)) else ""
+    click.echo(f"next: edit {paths.system_file}, then `sluice up{where}`")
 
 
 def lay(paths: Paths) -> list[Path]:
@@ -126,6 +129,11 @@ def lay(paths: Paths) -> list[Path]:
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
         made.append(config / name)
+    # Each domain may be a proxy: one that has a proxy.toml, where policy lets others call it.
+    proxy = config / "template/host/etc/qubes-rpc/qrexec-proxy"
+    if not os.path.lexists(proxy):
+        proxy.symlink_to(f"{runtime.INSIDE_BIN}/qrexec-proxy")
+        made.append(proxy)
     return made
 
 
