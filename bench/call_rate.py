@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.measure import Table
+from bench.systems import running
 
 from sluice.adminvm.link import TRIGGER_RATE
 from sluice.adminvm.system import AdminVM
-from sluice.cli.up import prepared
-from sluice.domains.paths import Paths
 
 SYSTEM = """
 [system]
@@ -36,16 +34,6 @@ autostart = true
 [domains.target.files]
 "/usr/local/etc/qubes-rpc/bench.True" = "true"
 """
-
-
-def write_system(root: Path, kind: str) -> None:
-    """Lay the configuration of the benchmark's system below ``root``."""
-    config = root / "config"
-    (config / "policy.d").mkdir(parents=True)
-    (config / "system.toml").write_text(SYSTEM.format(kind=kind))
-    (config / "policy.d" / "30-bench.policy").write_text("bench.True * @anyvm target allow\n")
-    shutil.copy("/bin/true", config / "true")
-    (config / "true").chmod(0o755)
 
 
 class Bare:
@@ -144,26 +132,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kind", default="bubblewrap", choices=["bubblewrap", "process"])
     arguments = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
-    root.chmod(0o755)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
+    stack = contextlib.AsyncExitStack()
+    toml = SYSTEM.format(kind=arguments.kind)
+    system = running(toml, "bench.True * @anyvm target allow\n", {})
+    adminvm = loop.run_until_complete(stack.enter_async_context(system))
     try:
-        write_system(root, arguments.kind)
-        paths = Paths.find(str(root))
-        bare = Bare(os.fspath(root / "bare.sock"))
-        with prepared(paths, paths.system_file) as adminvm:
-            loop.run_until_complete(adminvm.start())
-            loop.run_until_complete(bare.start())
-            try:
-                table = Table(f"calls a second, domains of kind {arguments.kind}")
-                fill(table, Bench(loop, adminvm, bare))
-                table.run(rounds=arguments.rounds)
-            finally:
-                loop.run_until_complete(adminvm.stop())
-        print(table.render())
+        bare = Bare(os.fspath(adminvm.paths.runtime / "bare.sock"))
+        loop.run_until_complete(bare.start())
+        table = Table(f"calls a second, domains of kind {arguments.kind}")
+        fill(table, Bench(loop, adminvm, bare))
+        table.run(rounds=arguments.rounds)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        loop.run_until_complete(stack.aclose())
+    print(table.render())
 
 
 if __name__ == "__main__":

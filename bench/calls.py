@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
+import contextlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -19,11 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.measure import Table, bare_python, shell_pipe, spawn_true
+from bench.systems import running
 
 from sluice import runtime
 from sluice.adminvm.system import AdminVM
-from sluice.cli.up import prepared
-from sluice.domains.paths import Paths
 
 CALLS = 20
 IDLE_SECONDS = 10.0
@@ -74,24 +72,13 @@ filters = [
 """
 
 
-def write_system(root: Path, kind: str, size: int) -> None:
-    """Lay the configuration of the benchmark's system below ``root``."""
-    config = root / "config"
-    (config / "policy.d").mkdir(parents=True)
-    (config / "system.toml").write_text(SYSTEM.format(kind=kind))
-    (config / "policy.d" / "30-bench.policy").write_text(POLICY)
-    (config / "proxy.toml").write_text(PROXY)
-    for name, text in (
-        ("sink", "exec cat > /dev/null"),
-        ("source", f"exec head -c {size} /dev/zero"),
-    ):
-        (config / name).write_text(f"#!/bin/sh\n{text}\n")
-        (config / name).chmod(0o755)
-    shutil.copy("/bin/true", config / "true")
-    (config / "true").chmod(0o755)
-    services = config / "template" / "host" / "etc" / "qubes-rpc"
-    services.mkdir(parents=True)
-    (services / "qrexec-proxy").symlink_to(runtime.INSIDE_BIN + "/qrexec-proxy")
+def files(size: int) -> dict[str, str]:
+    """Return the files beside the system file; ``bench.Source`` gives ``size`` bytes."""
+    return {
+        "sink": "#!/bin/sh\nexec cat > /dev/null\n",
+        "source": f"#!/bin/sh\nexec head -c {size} /dev/zero\n",
+        "proxy.toml": PROXY,
+    }
 
 
 class Bench:
@@ -237,30 +224,25 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1 << 30, help="bytes moved for a throughput")
     parser.add_argument("--kind", default="bubblewrap", choices=["bubblewrap", "process"])
     arguments = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
-    root.chmod(0o755)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
+    stack = contextlib.AsyncExitStack()
+    toml = SYSTEM.format(kind=arguments.kind)
+    proxy = {"qrexec-proxy": runtime.INSIDE_BIN + "/qrexec-proxy"}
+    system = running(toml, POLICY, files(arguments.size), proxy)
+    adminvm = loop.run_until_complete(stack.enter_async_context(system))
     try:
-        write_system(root, arguments.kind, arguments.size)
-        paths = Paths.find(str(root))
-        with prepared(paths, paths.system_file) as adminvm:
-            loop.run_until_complete(adminvm.start())
-            try:
-                bench = Bench(loop, adminvm, arguments.size)
-                table = Table(f"calls between domains of kind {arguments.kind}")
-                fill(table, bench)
-                table.run(rounds=arguments.rounds)
-                wakeups, ticks = loop.run_until_complete(idle(adminvm))
-            finally:
-                loop.run_until_complete(adminvm.stop())
-        print(table.render())
-        print(
-            f"idle proxied call, {IDLE_SECONDS:.0f} s, all processes of three domains: "
-            f"{wakeups} wake-ups, {ticks} ticks of CPU  (to reach: 0)"
-        )
+        table = Table(f"calls between domains of kind {arguments.kind}")
+        fill(table, Bench(loop, adminvm, arguments.size))
+        table.run(rounds=arguments.rounds)
+        wakeups, ticks = loop.run_until_complete(idle(adminvm))
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        loop.run_until_complete(stack.aclose())
+    print(table.render())
+    print(
+        f"idle proxied call, {IDLE_SECONDS:.0f} s, all processes of three domains: "
+        f"{wakeups} wake-ups, {ticks} ticks of CPU  (to reach: 0)"
+    )
 
 
 if __name__ == "__main__":

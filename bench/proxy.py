@@ -77,44 +77,22 @@ SERVICE = "/usr/local/etc/qubes-rpc/qrexec-proxy"
 SERVE = "exec /usr/lib/sluice/bin/sluice proxy serve"
 
 
-def write_system(root: Path, kind: str) -> None:
-    """Lay the configuration of the system below ``root``."""
-    config = root / "config"
-    (config / "policy.d").mkdir(parents=True)
-    domains = "".join(PROXY_DOMAIN.format(name=f"p-{form}") for form in FORMS)
-    (config / "system.toml").write_text(SYSTEM.format(kind=kind) + domains)
-    (config / "policy.d/30-bench.policy").write_text(POLICY)
-    (config / "proxy.toml").write_text(CHAINS)
-    shutil.copy("/bin/true", config / "true")
-    (config / "true").chmod(0o755)
-    (config / "word").write_text("#!/bin/sh\nread word && echo $word there\n")
-    (config / "word").chmod(0o755)
-
-
 async def set_up(kind: str, rounds: int) -> str:
     """Measure the set-up of a call, direct and in each form; return the table."""
-    from sluice.cli.up import prepared
-    from sluice.domains.paths import Paths
+    from bench.systems import running
 
-    root = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
-    root.chmod(0o755)
-    try:
-        write_system(root, kind)
-        paths = Paths.find(str(root))
-        with prepared(paths, paths.system_file) as adminvm:
-            await adminvm.start()
-            servers: list[asyncio.Future[object]] = []
-            try:
-                for form, target in FORMS.items():
-                    servers += await _install(adminvm, form, target)
-                return await _set_up_table(adminvm, rounds)
-            finally:
-                for server in servers:
-                    server.cancel()
-                await asyncio.gather(*servers, return_exceptions=True)
-                await adminvm.stop()
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    domains = "".join(PROXY_DOMAIN.format(name=f"p-{form}") for form in FORMS)
+    files = {"proxy.toml": CHAINS, "word": "#!/bin/sh\nread word && echo $word there\n"}
+    async with running(SYSTEM.format(kind=kind) + domains, POLICY, files) as adminvm:
+        servers: list[asyncio.Future[object]] = []
+        try:
+            for form, target in FORMS.items():
+                servers += await _install(adminvm, form, target)
+            return await _set_up_table(adminvm, rounds)
+        finally:
+            for server in servers:
+                server.cancel()
+            await asyncio.gather(*servers, return_exceptions=True)
 
 
 async def _install(adminvm: AdminVM, form: str, target: str) -> list[asyncio.Future[object]]:
