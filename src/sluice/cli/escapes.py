@@ -5,6 +5,9 @@ shell of the user), to set the clipboard or the title, to report its contents. S
 with the grammar of ECMA-48, and only sequences that move the cursor, colour, erase and scroll pass.
 Everything else (OSC, DCS, APC, PM, SOS, requests for reports, C1 controls also when they are
 written as UTF-8, other modes) is dropped. No sequence longer than a bound is held.
+
+What passed may leave the terminal in a state that deceives its user afterwards: text that is not
+shown, another screen, no cursor, letters drawn as lines. ``undo`` tells what puts that back.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ _CSI_FINALS = frozenset(b"@ABCDEFGHJKLMPSTXZ`adefmr")
 _ESCAPE_FINALS = frozenset(b"78=>DEHM")
 # Cursor keys, wrap, blink, cursor, alternate screen, bracketed paste.
 _PRIVATE_MODES = frozenset((1, 7, 12, 25, 47, 1047, 1048, 1049, 2004))
+_USUALLY_ON = (b"?7", b"?25")
 _CHARSETS = frozenset((b"(B", b"(0", b")B", b")0"))
 _STRING_STARTS = frozenset(b"]PX^_")  # OSC, DCS, SOS, PM, APC
 _PARAMETERS = frozenset(b"0123456789;:")
@@ -32,6 +36,14 @@ class EscapeFilter:
         self._held = bytearray()
         self._utf8 = bytearray()
         self._needed = 0
+        # What was changed and not put back: what it is -> what puts it back.
+        self._changed: dict[bytes, bytes] = {}
+
+    def undo(self) -> bytes:
+        """Return what the terminal is to be sent behind the last output; works once."""
+        undone = b"".join(self._changed.values())
+        self._changed.clear()
+        return undone
 
     def feed(self, untrusted_data: bytes) -> bytes:
         """Return what of ``untrusted_data`` (and of what was held) the terminal may be sent."""
@@ -101,6 +113,8 @@ class EscapeFilter:
             self._state = GROUND
             if byte in _ESCAPE_FINALS:
                 out += bytes((0x1B, byte))
+                if byte in b"=>":
+                    self._changed[b"="] = b"\x1b>"
 
     def _csi(self, byte: int, out: bytearray) -> None:
         if 0x20 <= byte < 0x40:
@@ -110,6 +124,7 @@ class EscapeFilter:
         self._state = GROUND
         if len(self._held) < MAX_SEQUENCE and 0x40 <= byte < 0x7F and self._allowed(byte):
             out += b"\x1b[" + self._held + bytes((byte,))
+            self._note(byte)
 
     def _allowed(self, final: int) -> bool:
         parameters = bytes(self._held)
@@ -120,6 +135,23 @@ class EscapeFilter:
             return parameters == b"4"  # insert mode
         return final in _CSI_FINALS and all(byte in _PARAMETERS for byte in parameters)
 
+    def _note(self, final: int) -> None:
+        """Remember what a sequence that passed has changed."""
+        parameters = bytes(self._held)
+        if final == ord("m"):
+            self._changed[b"m"] = b"\x1b[0m"
+        elif final == ord("r"):
+            # To set the scroll region moves the cursor.
+            self._changed[b"r"] = b"\x1b7\x1b[r\x1b8"
+        elif final in b"hl":
+            private = b"?" if parameters[:1] == b"?" else b""
+            for number in map(int, parameters.lstrip(b"?").split(b";")):
+                mode = b"%s%d" % (private, number)
+                usual = b"h" if mode in _USUALLY_ON else b"l"
+                self._changed.pop(mode, None)
+                if final != usual[0]:
+                    self._changed[mode] = b"\x1b[" + mode + usual
+
     def _intermediate(self, byte: int, out: bytearray) -> None:
         if 0x20 <= byte < 0x30:
             if len(self._held) < MAX_SEQUENCE:
@@ -129,6 +161,7 @@ class EscapeFilter:
         sequence = bytes(self._held) + bytes((byte,))
         if sequence in _CHARSETS:
             out += b"\x1b" + sequence
+            self._changed[sequence[:1]] = b"\x1b" + sequence[:1] + b"B"
 
     def _string(self, byte: int) -> None:
         """Swallow a string up to BEL or ESC \\; nothing of it is kept."""

@@ -55,6 +55,9 @@ def run_filtered(argv: list[str]) -> int:
         for descriptor in select.select(list(ends), [], [])[0]:
             data = os.read(descriptor, 65536)
             if not data:
+                target, escapes = ends[descriptor]
+                if os.isatty(target):
+                    write_all(target, escapes.undo())
                 del ends[descriptor]
                 continue
             target, escapes = ends[descriptor]

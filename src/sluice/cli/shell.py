@@ -111,6 +111,8 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
                         write_all(1, escapes.feed(shown) if escapes else shown)
                     else:
                         watched.remove(from_domain)
+        if escapes is not None and os.isatty(1):
+            write_all(1, escapes.undo())
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         status = process.wait()
