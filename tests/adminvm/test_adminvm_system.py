@@ -222,6 +222,30 @@ def test_a_sandbox_that_fails_to_start() -> None:
     play(scene, sandbox=Failing())
 
 
+def test_what_cannot_be_cleaned_up_keeps_nobody_waiting() -> None:
+    class Littered(PlayedSandbox):
+        async def start(self, domain: DomainConfig, control: socket.socket) -> PlayedRun:
+            run = await super().start(domain, control)
+            clean = run.clean
+
+            async def dirty() -> None:
+                await clean()
+                raise ResourceError("no process for it")
+
+            run.clean = dirty  # type: ignore[method-assign]
+            return run
+
+    async def scene(world: World) -> None:
+        await world.start("a")
+        async with asyncio.timeout(5):
+            await world.system.stop_domain("a")
+        assert world.system.state("a") == "Halted"
+        assert "no process for it" in world.system.paths.domain_log_file.read_text()
+        await world.start("a")
+
+    play(scene, sandbox=Littered())
+
+
 def test_stop_then_start_again() -> None:
     async def scene(world: World) -> None:
         run = await world.start("a")

@@ -27,7 +27,8 @@ from sluice.adminvm.logs import Counted, FoldedLog, Log, StderrReader
 from sluice.adminvm.session import LocalRequest
 from sluice.domains.model import DomainConfig
 from sluice.domains.sandbox.base import RunningSandbox, Sandbox
-from sluice.errors import LocalError, ResourceError
+from sluice.errors import LocalError, ResourceError, SluiceError
+from sluice.wire.names import escape
 
 GRACE = 0.7  # seconds between the end of the control channel and the kill, when all must go
 
@@ -168,12 +169,19 @@ class DomainRun:
             if running is not None:
                 running.kill()
                 await running.wait()
-                await running.clean()
+                await self._clean(running)
             if self._stderr is not None:
                 self._stderr.close()
             self._set_state("Halted")
             if not self.ended.done():
                 self.ended.set_result(None)
+
+    async def _clean(self, running: RunningSandbox) -> None:
+        """Clean up what is left; a failure is logged, for nobody must wait for a run in vain."""
+        try:
+            await running.clean()
+        except (SluiceError, OSError) as error:
+            self._log(f"not all of it was cleaned up: {escape(str(error), 300)}")
 
     async def _wait(self, running: RunningSandbox, seconds: float) -> None:
         """Wait for the sandbox's end; after the end of the channel no longer than ``seconds``."""
