@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import resource
@@ -20,8 +21,8 @@ from sluice.domains import trees
 from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.registry import Registry
-from sluice.domains.sandbox import ids, limits, mounts, namespaces, probe, seccomp
-from sluice.domains.sandbox.bubblewrap import Bubblewrap
+from sluice.domains.sandbox import ids, limits, mounts, namespaces, probe, seccomp, stage
+from sluice.domains.sandbox.bubblewrap import Bubblewrap, RunningBubblewrap
 from sluice.errors import LocalError, ResourceError
 
 UUID = "11111111-1111-4111-8111-111111111111"
@@ -472,3 +473,26 @@ def test_the_doctor_finds_what_stands_in_the_way(tmp_path: Path) -> None:
     assert probe.level(broken) == 0
     assert [f.what for f in probe.obstacles(broken, "bubblewrap")][0:1] == ["namespaces"]
     assert probe.obstacles(findings, "process") == []
+
+
+def test_descriptors_are_closed_where_a_disposable_cannot_be_removed() -> None:
+    async def forget() -> None:
+        raise ResourceError("no process for it")
+
+    class Held:
+        def remove(self) -> bool:
+            return True
+
+    async def main() -> None:
+        console, writing = os.pipe()
+        os.close(writing)
+        process = subprocess.Popen(["true"])
+        staged = stage.Staged(process, os.pidfd_open(process.pid), console)
+        running = RunningBubblewrap(staged, Held())  # type: ignore[arg-type]
+        running.forget = forget
+        os.close(running.stderr_fd)
+        await running.wait()
+        await running.clean()
+        assert (staged.pidfd, staged.console, running.pidfd) == (-1, -1, -1)
+
+    asyncio.run(main())

@@ -151,7 +151,8 @@ class RunningBubblewrap:
             # The kernel counts a process in its group for a moment after its end was reported.
             await asyncio.sleep(0.01)
         if self.forget is not None:
-            with contextlib.suppress(LocalError):  # the next start removes it
+            # Where there is no room for another process, too: the next start removes it.
+            with contextlib.suppress(LocalError, ResourceError, OSError):
                 await self.forget()
         self._staged.close()
         if self.pidfd >= 0:
