@@ -226,6 +226,24 @@ def test_1024_calls_of_one_domain_can_live_at_once() -> None:
     calls.open(7, 5001, outgoing=True)
 
 
+def test_other_domains_cannot_keep_dom0_out() -> None:
+    calls = CallTable(2)
+    channels = [calls.open(7, 2000, outgoing=False), calls.open(8, 2001, outgoing=False)]
+    with pytest.raises(ResourceError):
+        calls.open(9, 2002, outgoing=False)
+    channels += [calls.open(0, number, outgoing=False) for number in (2003, 2004)]
+    with pytest.raises(ResourceError):
+        calls.open(0, 2005, outgoing=False)
+    # What the domain asks of dom0 is among the calls that it makes.
+    channels += [calls.open(0, 2006, outgoing=True), calls.open(7, 2007, outgoing=True)]
+    with pytest.raises(ResourceError):
+        calls.open(0, 2008, outgoing=True)
+    for channel in channels:
+        calls.release(channel)
+    assert len(calls) == 0
+    calls.open(0, 2009, outgoing=True)
+
+
 class LinkMachine(RuleBasedStateMachine):
     """Any order of an agent's messages and of our decisions, seen from outside.
 

@@ -108,27 +108,33 @@ class PortTable:
         return sum(entry is not None for entry in self._entries)
 
 
+def _role(peer: int, outgoing: bool) -> str:
+    """Return which of the bounds of a domain a call counts against."""
+    return "makes" if outgoing else "answers" if peer else "answers dom0 in"
+
+
 class CallTable:
     """The calls that are alive on one domain's side of the transport ``passed`` (section 20).
 
     Calls that the domain makes and calls that it answers are bounded separately, so that others
-    cannot take away its ability to call by calling it.
+    cannot take away its ability to call by calling it; and those of dom0 apart from both, so that
+    other domains cannot keep dom0 out of it.
     """
 
     def __init__(self, limit: int = MAX_CALLS) -> None:
-        """Allow ``limit`` calls in each of the two roles."""
+        """Allow ``limit`` calls in each of the three roles."""
         self.limit = limit
         self._alive: dict[tuple[int, int], Channel] = {}
-        self._roles = [0, 0]
+        self._roles = dict.fromkeys(("makes", "answers", "answers dom0 in"), 0)
 
     def open(self, domain: int, number: int, *, outgoing: bool, owner: object = None) -> Channel:
         """Remember a call with ``domain`` under ``number``. Raises ResourceError over the limit."""
-        if self._roles[outgoing] >= self.limit:
-            role = "makes" if outgoing else "answers"
+        role = _role(domain, outgoing)
+        if self._roles[role] >= self.limit:
             raise ResourceError(f"the domain {role} {self.limit} calls already")
         channel = Channel(domain, number, outgoing, owner)
         self._alive[domain, number] = channel
-        self._roles[outgoing] += 1
+        self._roles[role] += 1
         return channel
 
     def terminated(self, domain: int, number: int) -> Channel | None:
@@ -142,7 +148,7 @@ class CallTable:
         """Forget a call."""
         if channel.alive:
             channel.alive = False
-            self._roles[channel.outgoing] -= 1
+            self._roles[_role(channel.domain, channel.outgoing)] -= 1
             del self._alive[channel.domain, channel.number]
 
     def all(self) -> list[Channel]:
