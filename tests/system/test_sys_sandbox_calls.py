@@ -141,6 +141,20 @@ def on_a_terminal(command: list[str], inside: Machine) -> bytes:
     return shown
 
 
+def test_a_shell_without_a_terminal_reads_its_commands(inside: Machine) -> None:
+    """Pipes commands into a shell: they are carried out, and its status comes back."""
+    done = subprocess.run(
+        inside.sluice("shell", "work"),
+        input=b"echo is-$((40+2)); tty; exit 3\n",
+        capture_output=True,
+        env=inside.environment,
+        cwd="/",
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, b"is-42\nnot a tty\n"), done
+
+
 def test_a_shell_has_a_terminal_of_its_own(inside: Machine) -> None:
     """Opens a shell and asks it for its terminal: not the user's, and gone with the shell."""
     master, slave = pty.openpty()

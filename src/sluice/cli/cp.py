@@ -13,6 +13,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 
 import click
 
@@ -75,7 +76,7 @@ def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
     command = client(paths, name, _program(paths, name, *words), user)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
-    assert process.stderr is not None
+    said = LastWords(process)
     left_out: list[str] = []
     with process:
         try:
@@ -85,8 +86,9 @@ def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
             pass  # it says itself why it stopped
         except CopyError as error:
             raise LocalError(str(error)) from error
-        said = process.stderr.read(4096)
-    _check(process.returncode, name, said)
+        finally:
+            last = said.text()
+    _check(process.returncode, name, last)
     for skipped in left_out:
         print(f"sluice: left out (not a file or directory): {escape(skipped)}", file=sys.stderr)
 
@@ -102,7 +104,7 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
-    assert process.stderr is not None
+    words = LastWords(process)
     failure = ""
     with process:
         try:
@@ -110,12 +112,37 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
                 receive(stream.fileno(), destination, own_name)
         except CopyError as error:
             failure = str(error)
-        said = process.stderr.read(4096)
+        finally:
+            said = words.text()
     _check(process.returncode, name, said)
     if failure:
         raise RemoteError(f"{name}: {escape(failure)}")
     if said.strip():
         print(f"sluice: {name}: {escape(said.strip())}", file=sys.stderr)
+
+
+class LastWords:
+    """Reads what a process says on stderr while other things go on; keeps the end of it.
+
+    A domain that floods it must not stop the copy, which waits for nobody to read it.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        """Begin to read the process's ``stderr`` pipe."""
+        self._process = process
+        self._kept = b""
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        while piece := os.read(self._process.stderr.fileno(), 65536):
+            self._kept = (self._kept + piece)[-4096:]
+
+    def text(self) -> bytes:
+        """Wait for the end and return the last of it, at most 4096 bytes."""
+        self._thread.join()
+        return self._kept
 
 
 def _check(status: int, name: str, untrusted_said: bytes) -> None:

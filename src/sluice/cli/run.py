@@ -7,6 +7,7 @@ import select
 import shlex
 import subprocess
 import sys
+from typing import NoReturn
 
 import click
 
@@ -29,7 +30,11 @@ def command(
     """Run COMMAND in the domain NAME; started if need be. Ends with the command's status."""
     paths = places(root)
     make_running(paths, name)
-    argv = client(paths, name, shlex.join(command_words), user)
+    become(client(paths, name, shlex.join(command_words), user), raw=raw)
+
+
+def become(argv: list[str], *, raw: bool) -> NoReturn:
+    """End as ``argv`` ends; where it shows something on a terminal, filtered unless ``raw``."""
     if raw or not (os.isatty(1) or os.isatty(2)):
         sys.stdout.flush()
         os.execv(argv[0], argv)

@@ -20,7 +20,7 @@ from sluice import runtime
 from sluice.agent.terminal import SIZE, TYPED, WINDOW, frame
 from sluice.cli.common import make_running, places, root_option, tell_errors
 from sluice.cli.escapes import EscapeFilter
-from sluice.cli.run import client, write_all
+from sluice.cli.run import become, client, write_all
 from sluice.domains.paths import Paths
 
 
@@ -31,9 +31,14 @@ from sluice.domains.paths import Paths
 @root_option
 @tell_errors
 def command(name: str, user: str, raw: bool, root: str | None) -> None:
-    """Open a shell in the domain NAME; started if need be."""
+    """Open a shell in the domain NAME; started if need be.
+
+    Without a terminal on stdin it reads its commands from there, as any shell does.
+    """
     paths = places(root)
     make_running(paths, name)
+    if not os.isatty(0):
+        become(client(paths, name, "exec ${SHELL:-/bin/sh} -l", user), raw=raw)
     program = pty_program(paths, name)
     rows, columns = window_size()
     term = os.environ.get("TERM", "dumb")
@@ -102,9 +107,8 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
                     if typed:
                         _send(to_domain, TYPED, typed)
                     else:
-                        # End of a script: the terminal's own sign for it.
-                        _send(to_domain, TYPED, b"\x04")
-                        watched.remove(0)
+                        watched.remove(0)  # our terminal is gone; theirs goes with the call
+                        process.stdin.close()
                 else:
                     shown = os.read(from_domain, 65536)
                     if shown:
@@ -114,7 +118,7 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
         if escapes is not None and os.isatty(1):
             write_all(1, escapes.undo())
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+            process.stdin.close()  # a second time does nothing
         status = process.wait()
     signal.set_wakeup_fd(-1)
     os.close(wake_read)
