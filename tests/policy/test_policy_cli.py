@@ -115,6 +115,17 @@ def test_lint(place: Path) -> None:
     assert (marked["line"], marked["column"]) == (2, 7)
 
 
+def test_lint_tells_of_files_that_are_not_read(place: Path) -> None:
+    """A rule in a file of another name would silently not hold."""
+    for name in ("40-more.rules", "50-old.policy.bak", "README", ".hidden"):
+        (place / "p" / name).write_text("* * * * deny\n")
+    found = [line for line in run(place, "lint").output.splitlines() if "[not-read]" in line]
+    assert [line.partition(":")[0].rpartition("/")[2] for line in found] == [
+        "40-more.rules",
+        "50-old.policy.bak",
+    ]
+
+
 def test_lint_files(place: Path) -> None:
     """Files each on its own, standard input too, also in service format."""
     bad = place / "bad"

@@ -16,6 +16,7 @@ from sluice.policy.lint import lint
 from sluice.policy.lint_lines import lint_text
 from sluice.policy.loader import parse_file
 from sluice.policy.rules import Rule
+from sluice.wire.names import escape
 
 _SERVICE_DIRECTORIES = ("/etc/qubes-rpc", "/usr/local/etc/qubes-rpc")
 
@@ -68,7 +69,22 @@ def _lint_set(place: Place, service_dirs: tuple[str, ...]) -> list[Finding]:
         Finding(Severity.WARNING, "deprecated", text.partition(": ")[2], *_split(text))
         for text in policy.warnings
     ]
+    found += _not_read(place.directories)
     return found + lint(policy, info, _services(service_dirs))
+
+
+def _not_read(directories: tuple[str, ...]) -> list[Finding]:
+    """Return a finding for each file that lies beside the policy files but is none (3.2)."""
+    found = []
+    for directory in directories:
+        for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+            path = os.path.join(directory, name)
+            if name.startswith(("README", ".")) or name.endswith(".policy"):
+                continue
+            if os.path.isfile(path):
+                message = "this file is not read: its name does not end in .policy"
+                found.append(Finding(Severity.WARNING, "not-read", message, escape(path), None))
+    return found
 
 
 def _split(warning: str) -> tuple[str, int | None]:

@@ -123,7 +123,9 @@ def hold_lock(paths: Paths) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise LocalError(f"{paths.runtime}: an AdminVM runs here already") from None
+        raise LocalError(
+            f"{paths.runtime}: an AdminVM runs here already (`sluice down` ends it)"
+        ) from None
     return descriptor
 
 
