@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,10 +72,17 @@ def test_the_adminvm_killed_takes_all_domains_with_it(system: System) -> None:
         mounts = Path("/proc/self/mountinfo").read_text().count(str(system.root))
         os.kill(running.pid, signal.SIGKILL)
         assert not gone(below, 2.0)
+        killed = system.sluice("log", "--json").stdout
+        assert "test.Wait" not in killed, "a record is written when a call has ended"
         call.wait(timeout=5)
     assert Path("/proc/self/mountinfo").read_text().count(str(system.root)) == mounts == 0
     with system.up() as running:
         assert running.run("a", "echo hello | qrexec-client-vm b test.Echo") == (0, "hello\n")
+        records = [json.loads(line) for line in system.sluice("log", "--json").stdout.splitlines()]
+        cut = [r for r in records if r["service"] == "test.Wait"]
+        assert [(r["source"], r["decision"], r["cause"]) for r in cut] == [
+            ("a", "allow", "the AdminVM was killed")
+        ]
 
 
 @pytest.mark.spec("PROXY-024")

@@ -2,7 +2,8 @@
 
 A line is at most 4 KiB, so that it is written by one ``write`` and never torn; what came from a
 domain is escaped and cut. The file is rotated by size and a fixed number of old ones is kept. A
-full disk does not stop calls: the loss is counted and said once.
+full disk does not stop calls: the loss is counted and said once. A call that was under way when the
+AdminVM was killed is recorded at the next start, from a journal (``journal``).
 
 Fields of a call: ``time`` (UTC), ``id``, ``source``, ``target`` (the domain that answers, or what
 was asked for where none was found), ``requested_target``, ``service``, ``argument`` (null where
@@ -14,6 +15,7 @@ refusals.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from sluice.adminvm.journal import Journal
 from sluice.adminvm.rotated import RotatedFile
 from sluice.wire.names import escape
 
@@ -91,13 +94,39 @@ def timestamp(wall: float) -> str:
 
 
 class AuditLog(RotatedFile):
-    """The rotated file of call records."""
+    """The rotated file of call records, and the journal of those that have none yet."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        max_bytes: int = 16 << 20,
+        keep: int = 4,
+        *,
+        on_trouble: Callable[[str], None] | None = None,
+    ) -> None:
+        """See ``RotatedFile``. The calls that were cut when we were killed are recorded now."""
+        super().__init__(path, max_bytes, keep, on_trouble=on_trouble)
+        self._journal = Journal(f"{self.path}.begun", self.append)
+
+    def begin(self, record: CallRecord) -> None:
+        """Note a call that is under way; it gets its record whatever becomes of us."""
+        self._journal.begin(record.number, _line(record))
 
     def write(self, record: CallRecord) -> None:
         """Append one record."""
+        self.append(_line(record))
+        self._journal.end(record.number)
+
+    def close(self) -> None:
+        """Close both files."""
+        super().close()
+        self._journal.close()
+
+
+def _line(record: CallRecord) -> bytes:
+    line = _encode(record.as_dict()) + b"\n"
+    if len(line) > MAX_LINE:  # escapes can double: give up the longest texts
+        record.service = record.service[:64] + "..."
+        record.command = None if record.command is None else record.command[:64] + "..."
         line = _encode(record.as_dict()) + b"\n"
-        if len(line) > MAX_LINE:  # escapes can double: give up the longest texts
-            record.service = record.service[:64] + "..."
-            record.command = None if record.command is None else record.command[:64] + "..."
-            line = _encode(record.as_dict()) + b"\n"
-        self.append(line)
+    return line

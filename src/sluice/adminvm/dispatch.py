@@ -98,6 +98,7 @@ class Dispatcher:
         trigger = request.trigger
         number = self.numbers.take()
         record = CallRecord(number, source.name, trigger.service, trigger.target)
+        self._audit.begin(record)
         try:
             decision = await self._decide(source, request, record)
             if decision.is_dom0:
@@ -158,6 +159,7 @@ class Dispatcher:
             source.calls.release(channel)
             raise
         record.stage("connected")
+        self._audit.begin(record)
         await self._serve(source, text, ours, ends, record)
 
     def _check_served(self, source: DomainRun) -> None:
@@ -234,6 +236,7 @@ class Dispatcher:
                 run.calls.release(channel)
             raise
         record.stage("connected")
+        self._audit.begin(record)
         record.cause = await ends.wait()
 
     # --- calls of dom0 --------------------------------------------------------------------
@@ -280,6 +283,7 @@ class Dispatcher:
             self._audit.write(record)
             raise
         record.stage("connected")
+        self._audit.begin(record)
         return OpenCall(number, ours[0], ours[1], self._loop.create_future()), ends, record
 
     def _follow(
