@@ -259,3 +259,35 @@ def remove(root: Path) -> None:
             capture_output=True,
             check=False,
         )
+
+
+# A system with the domains ``work``, which is hostile, and ``peer``, with three services to try.
+HOSTILE_SETTINGS = """
+[domains.work]
+features = { "sandbox.pids-max" = "200" }
+maxmem = 400
+[domains.work.files]
+"/rw/planted/laid" = "laid"
+[domains.peer]
+[domains.peer.files]
+"/usr/local/etc/qubes-rpc/test.Who" = "who"
+"/usr/local/etc/qubes-rpc/test.Descriptors" = "descriptors"
+"/usr/local/etc/qubes-rpc/test.Environment" = "environment"
+"""
+HOSTILE_POLICY = """\
+test.Who * work peer allow
+test.Descriptors * work peer allow
+test.Environment * work peer allow
+"""
+HOSTILE_FILES = {
+    "laid": "laid\n",
+    "who": '#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN"\n',
+    # Waits for a byte, so that what was sent with it has arrived.
+    "descriptors": "#!/bin/sh\nread -r _\nls /proc/self/fd | wc -l\n",
+    "environment": "#!/bin/sh\nenv\n",
+}
+
+
+def hostile_machine(mode: str) -> contextlib.AbstractContextManager[Machine]:
+    """Return that system, started in one of the privilege models."""
+    return machine(mode, HOSTILE_SETTINGS, HOSTILE_POLICY, HOSTILE_FILES)

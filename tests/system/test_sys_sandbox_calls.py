@@ -16,34 +16,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.support.sandbox import MODES, Machine, machine
+from tests.support.sandbox import MODES, Machine, hostile_machine
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
-
-SETTINGS = """
-[domains.work]
-features = { "sandbox.pids-max" = "200" }
-maxmem = 400
-[domains.work.files]
-"/rw/planted/laid" = "laid"
-[domains.peer]
-[domains.peer.files]
-"/usr/local/etc/qubes-rpc/test.Who" = "who"
-"/usr/local/etc/qubes-rpc/test.Descriptors" = "descriptors"
-"/usr/local/etc/qubes-rpc/test.Environment" = "environment"
-"""
-POLICY = """\
-test.Who * work peer allow
-test.Descriptors * work peer allow
-test.Environment * work peer allow
-"""
-FILES = {
-    "laid": "laid\n",
-    "who": '#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN"\n',
-    # Waits for a byte, so that what was sent with it has arrived.
-    "descriptors": "#!/bin/sh\nread -r _\nls /proc/self/fd | wc -l\n",
-    "environment": "#!/bin/sh\nenv\n",
-}
 
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
@@ -51,7 +26,7 @@ x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-
 @pytest.fixture(scope="module", params=MODES)
 def inside(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A system with the domains ``work``, which is hostile, and ``peer``."""
-    with machine(request.param, SETTINGS, POLICY, FILES) as made:
+    with hostile_machine(request.param) as made:
         yield made
 
 
