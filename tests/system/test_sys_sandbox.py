@@ -1,14 +1,12 @@
 # ruff: noqa: E501  (what runs inside is written as it runs there)
 """Attempts to get out of a domain, or across to another: each one fails, in each of three modes.
 
-Each test says in a sentence what it tries. Numbers of system calls are those of x86-64; on other
-machines those tests are skipped.
+Each test says in a sentence what it tries.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shlex
 import socket
@@ -20,8 +18,6 @@ import pytest
 from tests.support.sandbox import MODES, Machine, hostile_machine
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
-
-x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 
 
 @pytest.fixture(scope="module", params=MODES)
