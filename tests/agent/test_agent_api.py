@@ -255,7 +255,13 @@ def test_a_megabyte_with_back_pressure(place: Place) -> None:
 
 
 def test_leaving_the_block_ends_the_call_and_leaves_no_descriptor(place: Place) -> None:
-    service = Service(place, lambda wire: wire.rest() and None)
+    begun = threading.Event()
+
+    def play(wire: Wire) -> None:
+        begun.set()
+        wire.rest()
+
+    service = Service(place, play)
 
     async def main() -> None:
         before = len(os.listdir("/proc/self/fd"))
@@ -263,7 +269,8 @@ def test_leaving_the_block_ends_the_call_and_leaves_no_descriptor(place: Place) 
             "vault", "test.Slow", agent_socket=str(place.agent_socket)
         ) as call:
             await call.send(b"x")
-            await asyncio.sleep(0)
+            # Later than its handshake, which would find nobody.
+            assert await asyncio.to_thread(begun.wait, 20)
         await asyncio.to_thread(service.gone.wait, 20)
         with pytest.raises(sluice.CallLost):
             await call.wait()
