@@ -276,7 +276,8 @@ def test_leaving_the_block_ends_the_call_and_leaves_no_descriptor(place: Place) 
             await call.wait()
         # Ours are gone; those of the service's thread go with it, a moment later.
         await asyncio.to_thread(service.check)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        # The loop keeps one, by which it hears of hang-ups.
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
 
     # Made before the descriptors are counted.
     socket.socketpair()[0].close()
