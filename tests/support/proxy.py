@@ -34,6 +34,22 @@ exec "$here/services/$name"
 """
 
 
+def start_piped(command: list[str], environment: dict[str, str], options: dict[str, Any]) -> Any:
+    """Start a program with pipes and an environment, unless ``options`` of Popen say otherwise."""
+    piped = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, **{**piped, "env": environment, **options})
+
+
+def communicate(process: Any, data: bytes, timeout: float) -> subprocess.CompletedProcess[bytes]:
+    """Give a process its input and return what came of it; it has ended afterwards."""
+    try:
+        out, err = process.communicate(data, timeout=timeout)
+    finally:
+        process.kill()
+        process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 class Vm:
     """A directory with a configuration, a stand-in client and services."""
 
@@ -89,26 +105,14 @@ class Vm:
 
     def start(self, name: str, source: str | None = "work", **options: Any) -> Any:
         """Start the program form for a call; pipes unless told otherwise."""
-        options = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "env": self.environment(source),
-            **options,
-        }
-        return subprocess.Popen([str(PROGRAM), name], **options)
+        return start_piped([str(PROGRAM), name], self.environment(source), options)
 
     def call(
         self, name: str, data: bytes = b"", source: str | None = "work", timeout: float = 20
     ) -> subprocess.CompletedProcess[bytes]:
         """Make a call with ``data`` as its input and return what came of it."""
         process = self.start(name, source)
-        try:
-            out, err = process.communicate(data, timeout=timeout)
-        finally:
-            process.kill()
-            process.wait()
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return communicate(process, data, timeout)
 
     def calls(self) -> list[str]:
         """Return the command lines that the client got."""

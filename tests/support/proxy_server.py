@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sluice.proxy.control import ControlClient
-from tests.support.proxy import ROOT, Vm, alive, vm
+from tests.support.proxy import ROOT, Vm, alive, communicate, start_piped, vm
 
 LAUNCHER = ROOT / "src/sluice/bin/qrexec-proxy-launcher"
 COMMAND = [sys.executable, "-c", "from sluice.cli.main import main; main()"]
@@ -74,26 +74,14 @@ class Resident:
 
     def launch(self, name: str, source: str | None = "work", **options: Any) -> Any:
         """Start a launcher for a call; pipes unless told otherwise."""
-        options = {
-            "stdin": subprocess.PIPE,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "env": self.environment(source),
-            **options,
-        }
-        return subprocess.Popen([str(LAUNCHER), name], **options)
+        return start_piped([str(LAUNCHER), name], self.environment(source), options)
 
     def call(
         self, name: str, data: bytes = b"", source: str | None = "work", timeout: float = 20
     ) -> subprocess.CompletedProcess[bytes]:
         """Make a call with ``data`` as its input and return what came of it."""
         process = self.launch(name, source)
-        try:
-            out, err = process.communicate(data, timeout=timeout)
-        finally:
-            process.kill()
-            process.wait()
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return communicate(process, data, timeout)
 
     def raw(self, text: bytes) -> socket.socket:
         """Connect to the raw socket as the agent does, and write ``text``."""
