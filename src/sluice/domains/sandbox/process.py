@@ -9,6 +9,7 @@ docs/spec/core-stack.md 12.1 (level 0).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pwd
@@ -35,6 +36,10 @@ WARNING = (
     "NO ISOLATION: domains of kind `process` run as your own user, with your files, your network"
     " and your processes in reach. For tests only."
 )
+_KERNEL_THREAD = 0x200000  # PF_KTHREAD among the flags of /proc/PID/stat
+# How often what a killed agent left is looked for, and the seconds between: what forks or executes
+# at the moment of one look is found by the next.
+_LOOKS, _PAUSE = 20, 0.005
 _DIRECTORIES = ("run", "home/user", "rw", "usr/local/bin", "etc/qubes-rpc", "etc/qubes/rpc-config")
 _SERVICES = ("run/qubes-rpc", "usr/local/etc/qubes-rpc", "etc/qubes-rpc")
 _CONFIGURATION = ("run/qubes/rpc-config", "usr/local/etc/qubes/rpc-config", "etc/qubes/rpc-config")
@@ -48,6 +53,20 @@ def own_user() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return str(os.geteuid())
+
+
+def _may_be_starting(pid: str) -> bool:
+    """Return whether a process without environment may be in the middle of an ``execve``.
+
+    For that moment its new environment is not in place yet, so that it seems to have none. Kernel
+    threads and zombies never have one. Raises OSError when it is gone.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    if fields[0] in (b"Z", b"X") or int(fields[6]) & _KERNEL_THREAD:
+        return False
+    start, end = fields[47:49]  # where the environment lies: nowhere, or a place without length?
+    return start == b"0" or start != end
 
 
 class RunningProcess:
@@ -69,20 +88,29 @@ class RunningProcess:
         self._staged.kill()
         self._kill_marked()
 
-    def _kill_marked(self) -> None:
+    def _kill_marked(self) -> bool:
+        """End what carries the mark; return whether to look again."""
+        unsure = False
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) == os.getpid():
                 continue
             with contextlib.suppress(OSError):
                 with open(f"/proc/{entry}/environ", "rb") as file:
-                    found = self._mark in file.read(1 << 20).split(b"\0")
-                if found:
+                    variables = file.read(1 << 20).split(b"\0")
+                if self._mark in variables:
                     os.kill(int(entry), signal.SIGKILL)
+                    unsure = True  # what it forks at this moment was not in the listing
+                elif variables == [b""]:
+                    unsure = unsure or _may_be_starting(entry)
+        return unsure
 
     async def wait(self) -> int:
         """Wait for the agent; what it left is ended."""
         status = await self._staged.wait()
-        self._kill_marked()
+        for _ in range(_LOOKS):
+            if not self._kill_marked():
+                break
+            await asyncio.sleep(_PAUSE)
         return status
 
     async def clean(self) -> None:
