@@ -335,25 +335,49 @@ def test_lines_rules_that_cannot_be_meant(rules: Any, part: str) -> None:
 
 
 PATTERNS = ["a+", "[^x]*", r"\s*b", r"\D+", "(a|b)c?", ".*", "[ab\\n]+", "a\\nb", "(?s).*", "$^",
-            "a$", "[^]x]+", r"[\W]", r"x{2,3}", "(?i)ABC", r"\x61\x0a", "b|", r"a\z", "^a",
-            r"[[:space:]]*", r"\C", r"\bab\b"]  # fmt: skip
+            "a$", "[^]x]+", r"[\W]", r"x{2,3}", "(?i)ABC", r"\x61\x0a", "b|", r"a\z", "^a", "^a$",
+            r"[[:space:]]*", r"\C", r"\bab\b", ".{2}", r"a\r",
+            "[[:alpha:]\\s]+", r"\Q[^x\E"]  # fmt: skip
+LINE = st.text("aab x\r\v", max_size=3).map(str.encode)
+LINES = st.lists(st.tuples(LINE, st.sampled_from([b"\n", b"\r\n"])), max_size=4)
 
 
 @pytest.mark.spec("PROXY-040")
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=500)
 @hypothesis.given(
     st.lists(st.sampled_from(PATTERNS), max_size=3),
     st.lists(st.sampled_from(PATTERNS), max_size=2),
-    st.lists(st.sampled_from([b"a", b"b", b"x", b"c", b" ", b"\r", b"\n", b"1", b"\xff"])),
+    LINES,
 )
 def test_judging_by_the_chunk_never_passes_what_judging_by_the_line_would_not(
-    allow: list[str], deny: list[str], pieces: list[bytes]
+    allow: list[str], deny: list[str], lines: list[tuple[bytes, bytes]]
 ) -> None:
     rules = LineRules(allow, deny, {}, bool(allow))
-    text = b"".join(pieces) + b"\n"
-    if rules.all_pass(text, 1000):
+    text = b"".join(body + end for body, end in lines)
+    if text and rules.all_pass(text, 1000):
         for line in text.split(b"\n")[:-1]:
             assert rules.line(line + b"\n", 1000) == line + b"\n"
+
+
+@pytest.mark.spec("PROXY-040")
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    ("rules", "line", "passes_it"),
+    [({"deny": ["evil$"]}, b"evil", False), ({"deny": ["evil$"]}, b"evil x", True),
+     ({"deny": ["^$"]}, b"", False), ({"deny": ["^$"]}, b"x", True),
+     ({"allow": [".{2}"]}, b"a", False), ({"allow": [".{2}"]}, b"ab", True),
+     ({"allow": ["[a-z]+[^a-z]"]}, b"abc", False), ({"allow": ["^a+$"]}, b"aa", True),
+     ({"allow": ["^a+$"]}, b"aab", False), ({"allow": [r"a\s"]}, b"a\v", False),
+     ({"allow": ["[[:alpha:]\\s]+"]}, b"a b", True), ({"allow": [r"\Q[^x]\E"]}, b"[^x]", True)],
+)  # fmt: skip
+def test_lines_are_judged_without_their_end(
+    rules: Any, line: bytes, passes_it: bool, end: bytes
+) -> None:
+    """Whichever end a line has, and however many lines a chunk has: what its body says counts."""
+    for count in (1, 2):
+        text = (line + end) * count
+        book = play(Lines, src2dst=rules) >> data(SRC2DST, text)
+        book << (passes(text) if passes_it else aborts("a line matches no rule"))
 
 
 def test_simple_patterns_are_judged_by_the_chunk() -> None:
@@ -361,6 +385,9 @@ def test_simple_patterns_are_judged_by_the_chunk() -> None:
         assert LineRules([pattern], [pattern], {}, True).by_chunk, pattern
     for pattern in ("(?s).", "a\nb", r"\x0a", r"[\s]", r"\C", r"\pN"):
         assert not LineRules([pattern], [], {}, True).by_chunk, pattern
+    whole = LineRules(["^GET [^ ]+$"], ["[^ -~]", "^$", r"\s$"], {}, True)
+    for text in (b"GET /a\nGET /b\n", b"GET /a\r\nGET /b\r\n"):
+        assert whole.all_pass(text, 100), "one by one, which is slower"
 
 
 # --- json -----------------------------------------------------------------------------------------

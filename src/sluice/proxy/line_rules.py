@@ -1,10 +1,11 @@
 """The patterns of the filter ``lines``: judging many lines in one call.
 
-Theory. With allow patterns A and B, a run of whole lines passes if it matches ``((A|B)\\r?\\n)*``.
-That is one call of RE2 for a chunk, but it is the same as judging line by line only if A and B
-cannot match a newline themselves. So patterns are made so that they cannot (``[^x]`` becomes
-``[^\\nx]``), and where that cannot be seen from the pattern the lines are judged one by one. The
-answer "passes" of the fast way is always right; where it does not pass, each line is looked at.
+Theory. A line is judged without its end, ``\\n`` or ``\\r\\n``. With the ends made equal and allow
+patterns A and B, a run of whole lines passes if it matches ``(?m)((A|B)\\n)*``. That is one call of
+RE2 for a chunk, but it is the same as judging line by line only if A and B cannot match a newline
+themselves. So patterns are made so that they cannot (``[^x]`` becomes ``[^\\nx]``), and where that
+cannot be seen from the pattern the lines are judged one by one, by the pattern as it was written.
+The answer "passes" of the fast way is always right; where it does not pass, each line is looked at.
 """
 
 from __future__ import annotations
@@ -30,27 +31,32 @@ class LineRules:
         """
         self._restricted = restricted
         self._replace = [(_compile(p), _replacement(p, r)) for p, r in replace.items()]
-        safe = [_without_newline(pattern) for pattern in allow]
-        self._allow = [_compile(pattern) for pattern in safe]
+        self._allow = [_compile(pattern) for pattern in allow]
         self._deny = [_compile(pattern) for pattern in deny]
+        safe = [_without_newline(pattern) for pattern in allow]
         anchored = any(re.search(r"\\[AzZ]|\(\?[a-zA-Z-]*[mU-]", pattern) for pattern in deny)
         self.by_chunk = not replace and not anchored and all(map(_cannot_match_newline, safe))
         self._all_allow: Any = None
         self._any_deny: Any = None
         if self.by_chunk and safe:
-            self._all_allow = _compile("(?:(?:" + "|".join(f"(?:{p})" for p in safe) + r")\r?\n)*")
+            self._all_allow = _compile(f"(?m)(?:(?:{_any_of(safe)})\n)*", whole_chunks=True)
         if self.by_chunk and deny:
-            self._any_deny = _compile("(?m)" + "|".join(f"(?:{p})" for p in deny))
+            # One that finds a newline says no more than that each line is to be looked at.
+            narrow = [(_without_newline(pattern), pattern) for pattern in deny]
+            seen = [safe if _cannot_match_newline(safe) else pattern for safe, pattern in narrow]
+            self._any_deny = _compile(f"(?m){_any_of(seen)}", whole_chunks=True)
 
     def all_pass(self, text: bytes, max_line: int) -> bool:
         """Tell, fast, that all lines of ``text`` pass; False means that each must be looked at."""
         if not self.by_chunk or not text.endswith(b"\n"):
             return False
-        if len(text) > max_line and max(map(len, text.split(b"\n"))) > max_line:
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n")
+        if _has_longer_line(text, max_line):
             return False
         if self._restricted and (self._all_allow is None or not self._all_allow.fullmatch(text)):
             return False
-        return self._any_deny is None or not self._any_deny.search(text)
+        return self._any_deny is None or not self._any_deny.search(text[:-1])
 
     def line(self, line: bytes, max_line: int) -> bytes | None:
         """Return what passes of one line (rewritten, with its end), or None."""
@@ -73,10 +79,26 @@ def _body(line: bytes) -> tuple[bytes, bytes]:
     return line, b""
 
 
-def _compile(pattern: str) -> Any:
+def _has_longer_line(text: bytes, max_line: int) -> bool:
+    """Tell whether one of whole lines is too long, without looking at each of them."""
+    start = 0
+    while len(text) - start > max_line + 1:
+        start = text.rfind(b"\n", start, start + max_line + 1) + 1
+        if not start:
+            return True
+    return False
+
+
+def _any_of(patterns: list[str]) -> str:
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def _compile(pattern: str, *, whole_chunks: bool = False) -> Any:
+    """Return a compiled pattern; one for ``whole_chunks`` says only yes or no, which is faster."""
     options = re2.Options()
     options.encoding = re2.Options.Encoding.LATIN1
     options.log_errors = False
+    options.never_capture = whole_chunks
     options.max_mem = 64 << 20
     try:
         return re2.compile(pattern.encode("utf-8"), options)
@@ -95,7 +117,7 @@ def _replacement(pattern: str, text: str) -> bytes:
 def _without_newline(pattern: str) -> str:
     """Rewrite what would match a newline for no good reason: negated classes and \\s, \\D, \\W."""
     made, at, inside = "", 0, False
-    outside = {"\\s": r"[\t\f\v\r ]", "\\D": r"[^\n0-9]", "\\W": r"[^\n0-9A-Za-z_]"}
+    outside = {"\\s": r"[\t\f\r ]", "\\D": r"[^\n0-9]", "\\W": r"[^\n0-9A-Za-z_]"}
     while at < len(pattern):
         pair = pattern[at : at + 2]
         if pair[:1] == "\\":
