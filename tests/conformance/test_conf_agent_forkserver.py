@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from tests.support.agent import (
@@ -44,11 +44,13 @@ def place() -> Iterator[Place]:
 class ForkServer:
     """A real fork server; it is in the background when the constructor returns."""
 
-    def __init__(self, place: Place, path: str | None = None, **extra: str) -> None:
+    def __init__(
+        self, place: Place, path: str | None = None, prefix: Sequence[str] = (), **extra: str
+    ) -> None:
         self.place = place
         self.path = path or str(place.path / "run" / "fs")
         done = subprocess.run(
-            as_user([str(BIN / "qrexec-fork-server"), self.path]),
+            as_user([*prefix, str(BIN / "qrexec-fork-server"), self.path]),
             env=place.environment(**extra),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -37,6 +37,7 @@ from sluice.agent.users import choose_users
 from sluice.agent.waiting import SessionWaiter
 from sluice.errors import LocalError
 from sluice.flow.reactor import Reactor
+from sluice.service.descriptors import own_limit
 from sluice.vchan import socketdir
 from sluice.vchan.passed import close_all
 from sluice.wire.messages import CONTROL_PORT
@@ -352,6 +353,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _serve(chosen: dict[str, str]) -> int:
+    own_limit.raise_it()
     loop = Reactor()
     result = [1]
 

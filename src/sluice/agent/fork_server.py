@@ -8,11 +8,12 @@ docs/spec/wire-protocol.md 8.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 from sluice.agent.calls import ServiceCall, Surroundings
-from sluice.agent.local import REQUEST_TIMEOUT, listen_on
+from sluice.agent.local import ACCEPT_PAUSE, REQUEST_TIMEOUT, listen_on
 from sluice.agent.log import Log, has_system_log
 from sluice.agent.options import die_of_interrupt
 from sluice.agent.planning import plan
@@ -20,6 +21,7 @@ from sluice.agent.processes import ProcessTable
 from sluice.agent.startup import keep_descriptors_private
 from sluice.errors import LocalError
 from sluice.flow.reactor import Reactor
+from sluice.service.descriptors import own_limit
 from sluice.vchan.passed import close_all, recv_with_fds
 from sluice.wire.messages import FORK_REQUEST
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 USAGE = "usage: qrexec-fork-server [SOCKET_PATH]\n"
 MAX_TEXT = 1 << 20
 MAX_READING = 256
+# What passes when others have ended.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class CurrentUser:
@@ -150,7 +154,11 @@ class ForkServer:
             system_log=has_system_log(),
             environment=os.environb,
         )
-        loop.add_reader(listener_fd, self._ready)
+        self._listener_fd = listener_fd
+        self._listen()
+
+    def _listen(self) -> None:
+        self.loop.add_reader(self._listener_fd, self._ready)
 
     def _ready(self) -> None:
         assert callable(self._accept)
@@ -161,7 +169,12 @@ class ForkServer:
             return
         except OSError as error:
             self.log(f"cannot accept: {error.strerror}")
-            self._stop()
+            if error.errno in EXHAUSTED:
+                # The calls under way must not end with it: hear nobody for a moment.
+                self.loop.remove_reader(self._listener_fd)
+                self.loop.call_later(ACCEPT_PAUSE, self._listen)
+            else:
+                self._stop()
             return
         if len(self.reading) >= MAX_READING:
             os.close(fd)
@@ -189,6 +202,7 @@ def main(arguments: list[str]) -> int:
     if os.fork():
         return 0
     os.setsid()
+    own_limit.raise_it()
     loop = Reactor()
     ForkServer(loop, listener.fileno(), listener._accept, loop.stop)  # type: ignore[attr-defined]
     loop.run()

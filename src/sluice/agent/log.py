@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import time
 
+from sluice.service.descriptors import own_limit
+from sluice.service.start import RESET_SIGNALS
 from sluice.wire.names import escape
 
 TYPE_CHECKING = False
@@ -170,19 +172,22 @@ class LoggerSink:
         self._writing = False
         reading, self._fd = os.pipe2(os.O_CLOEXEC)
         try:
+            (stdin,) = own_limit.lower((reading,))
             pid = os.posix_spawnp(
                 "logger",
                 [b"logger", b"-t", tag],
                 os.environb,
-                file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)],
+                file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)],
                 setsigmask=(),
-                setsigdef=(13, 17, 25),
+                setsigdef=RESET_SIGNALS,
             )
             spawned(pid)
         except OSError:
             os.close(self._fd)
             self._fd = -1
-        os.close(reading)
+        finally:
+            own_limit.restore()
+            os.close(reading)
 
     def feed(self, untrusted_data: bytes | memoryview) -> None:
         """Pass bytes on; what cannot be held is dropped."""

@@ -16,6 +16,7 @@ import os
 
 from sluice.service.address import Connecting, connect_blocking, resolve
 from sluice.service.command import Command, ServiceError
+from sluice.service.descriptors import own_limit
 from sluice.service.lookup import EXECUTABLE, Found
 from sluice.wire.messages import EXIT_FAILURE, EXIT_NOT_FOUND
 from sluice.wire.names import escape
@@ -114,16 +115,14 @@ def spawn(
     program or its interpreter does not exist, else 125 (9.3.1).
     """
     program = argv[0] if path is None else path
-    moves = [(os.POSIX_SPAWN_DUP2, stdin, 0), (os.POSIX_SPAWN_DUP2, stdout, 1)]
-    if stderr != 2:
-        moves.append((os.POSIX_SPAWN_DUP2, stderr, 2))
     back = _enter(directory)
     try:
+        given = own_limit.lower((stdin, stdout, stderr))
         return os.posix_spawn(
             program,
             argv,
             environment,
-            file_actions=moves,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(given)],
             setsid=session,
             setsigmask=(),
             setsigdef=RESET_SIGNALS,
@@ -133,6 +132,7 @@ def spawn(
         message = f"cannot execute {escape(program)}: {error.strerror}"
         raise ServiceError(message, code) from error
     finally:
+        own_limit.restore()
         if back >= 0:
             os.fchdir(back)
             os.close(back)
