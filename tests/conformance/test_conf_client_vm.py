@@ -280,13 +280,46 @@ def test_the_exit_status_with_a_program(place: Place, remote: int, local: str, s
     assert caller.end()[0] == status
 
 
-@pytest.mark.spec("WIRE-215")
+@pytest.mark.spec("WIRE-202")
 def test_a_lost_channel(place: Place) -> None:
     caller = Caller(place, "vm", "s")
     wire = caller.allow()
     wire.message(STDOUT, b"some")
     wire.close()
-    assert caller.end()[:2] == (255, b"some")
+    lost = b"qrexec-client-vm: the connection was lost before the exit status of s came\n"
+    assert caller.end() == (255, b"some", lost)
+
+
+@pytest.mark.parametrize(
+    ("remote", "text"),
+    [
+        (127, b"status 127: the target has no service test.S+a\\x1b"),
+        (125, b"status 125: the target could not start test.S+a\\x1b; its log says why"),
+        (126, b""),
+        (255, b""),
+        (1, b""),
+    ],
+)
+@pytest.mark.parametrize("program", [[], ["/bin/cat"]])
+def test_a_failed_start_is_told_in_one_line(
+    place: Place, remote: int, text: bytes, program: list[str]
+) -> None:
+    caller = Caller(place, "vm", "test.S+a\x1b", *program)
+    caller.allow()
+    caller.finish(remote)
+    line = b"qrexec-client-vm: " + text + b"\n" if text else b""
+    assert caller.end() == (remote, b"", line)
+
+
+@pytest.mark.parametrize("remote", [125, 127])
+@pytest.mark.parametrize("kind", [STDOUT, STDERR])
+def test_a_service_that_spoke_was_there(place: Place, remote: int, kind: int) -> None:
+    """Then the status is its own, and what it wrote is all that is shown."""
+    caller = Caller(place, "vm", "s")
+    caller.allow().message(kind, b"x")
+    caller.finish(remote)
+    out, err = (b"x", b"") if kind == STDOUT else (b"", b"x")
+    assert caller.end() == (remote, out, err)
 
 
 def test_the_program_talks_to_the_service(place: Place) -> None:

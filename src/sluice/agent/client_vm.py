@@ -24,6 +24,7 @@ from sluice.flow.reactor import Reactor
 from sluice.wire.messages import (
     EXIT_FAILURE,
     EXIT_LOCAL_FAILURE,
+    EXIT_NOT_FOUND,
     EXIT_REFUSED,
     EXIT_USAGE,
 )
@@ -235,7 +236,29 @@ class Client:
         self._finish(EXIT_LOCAL_FAILURE)
 
     def _done(self, status: int) -> None:
+        if reason := self._explain():
+            write_error(f"qrexec-client-vm: {reason}\n".encode())
         self._finish(status & 0xFF)
+
+    def _explain(self) -> str:
+        """Say what is known here of a call that failed without a word; empty for others.
+
+        A service may end with 125 or 127 by its own will: one that wrote anything has begun.
+        """
+        channel = self._channel
+        assert channel is not None
+        code = channel.state.remote_status
+        if not channel.lost and (code not in (EXIT_FAILURE, EXIT_NOT_FOUND) or channel.spoken):
+            return ""
+        # A module that no call in order needs.
+        from sluice.wire.names import escape
+
+        service = escape(self._settings.service)
+        if channel.lost:
+            return f"the connection was lost before the exit status of {service} came"
+        if code == EXIT_NOT_FOUND:
+            return f"status {code}: the target has no service {service}"
+        return f"status {code}: the target could not start {service}; its log says why"
 
     def _finish(self, status: int) -> None:
         self.status = status

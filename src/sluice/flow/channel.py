@@ -122,6 +122,11 @@ class DataChannel(Engine):
         return self.state.opened
 
     @property
+    def spoken(self) -> bool:
+        """Whether the other side sent any output; to a caller, also any stderr."""
+        return self._receiver.received > 0 or self._receiver.stderr is not None
+
+    @property
     def lost(self) -> bool:
         """Whether the channel ended before this end had what it needs: a caller, the exit code."""
         state = self.state
