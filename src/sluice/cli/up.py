@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sluice.cli.common import chosen_root, places, root_option, tell_errors
-from sluice.domains.paths import Paths
+from sluice.domains.paths import LOCK, Paths
 from sluice.errors import LocalError
 from sluice.runtime import launcher
 
@@ -77,8 +77,7 @@ def prepared(paths: Paths, system_file: Path) -> Iterator[AdminVM]:
 
     system = load(system_file)
     paths.create()
-    lock = hold_lock(paths)
-    try:
+    with only_one(paths):
         _sweep(paths)
         with Store(paths.store) as store:
             registry = system.registry(store)
@@ -91,8 +90,6 @@ def prepared(paths: Paths, system_file: Path) -> Iterator[AdminVM]:
             finally:
                 for sandbox in sandboxes.values():
                     sandbox.close()
-    finally:
-        os.close(lock)
 
 
 def make_sandboxes(
@@ -116,17 +113,25 @@ def make_sandboxes(
     return made
 
 
-def hold_lock(paths: Paths) -> int:
-    """Make sure that this is the only AdminVM of the system; the lock ends with the process."""
-    descriptor = os.open(paths.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise LocalError(
-            f"{paths.runtime}: an AdminVM runs here already (`sluice down` ends it)"
-        ) from None
-    return descriptor
+@contextlib.contextmanager
+def only_one(paths: Paths) -> Iterator[None]:
+    """Be the only AdminVM of the system meanwhile; the locks end with the process.
+
+    Both places are locked, for one may be shared without the other: a session without
+    XDG_RUNTIME_DIR has other sockets, but the same trees, identities and control groups. Raises
+    LocalError where another one is there.
+    """
+    with contextlib.ExitStack() as stack:
+        for place in (paths.runtime, paths.state):
+            lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LocalError(
+                    f"{place}: an AdminVM runs here already (`sluice down` ends it)"
+                ) from None
+        yield
 
 
 def _sweep(paths: Paths) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import click
 
 from sluice.cli.common import places, root_option, tell_errors
-from sluice.cli.up import hold_lock
+from sluice.cli.up import only_one
 from sluice.domains.paths import Paths
 from sluice.domains.store import Store
 from sluice.errors import LocalError
@@ -31,22 +30,18 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, root: str | Non
     if not paths.appvms.exists():
         raise LocalError(f"{paths.state}: no system has kept anything here")
     paths.create()
-    lock = hold_lock(paths)
-    try:
-        with Store(paths.store) as store:
-            # A tree may be there without an identity, and the other way round.
-            known = {identity.name for identity in store.identities()}
-            known |= {entry.name for entry in paths.appvms.iterdir()}
-            unknown = [name for name in names if name not in known]
-            if unknown:
-                listed = ", ".join(sorted(known)) or "none"
-                raise LocalError(f"there is no domain {unknown[0]!r} (known: {listed})")
-            chosen = sorted(names or known)
-            if chosen and not yes:
-                click.confirm(f"Delete all files of {', '.join(chosen)}?", abort=True)
-            asyncio.run(_wipe(paths, chosen, store))
-    finally:
-        os.close(lock)
+    with only_one(paths), Store(paths.store) as store:
+        # A tree may be there without an identity, and the other way round.
+        known = {identity.name for identity in store.identities()}
+        known |= {entry.name for entry in paths.appvms.iterdir()}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            listed = ", ".join(sorted(known)) or "none"
+            raise LocalError(f"there is no domain {unknown[0]!r} (known: {listed})")
+        chosen = sorted(names or known)
+        if chosen and not yes:
+            click.confirm(f"Delete all files of {', '.join(chosen)}?", abort=True)
+        asyncio.run(_wipe(paths, chosen, store))
 
 
 async def _wipe(paths: Paths, names: list[str], store: Store) -> None:

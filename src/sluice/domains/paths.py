@@ -20,6 +20,9 @@ from sluice.errors import LocalError
 _LONGEST_SOCKET = 107
 _LONGEST_NAME = len("daemon/qrexec.") + 31
 
+# In the runtime and in the state directory: locked by the one AdminVM that uses them.
+LOCK = "lock"
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -106,7 +109,7 @@ class Paths:
     @property
     def lock_file(self) -> Path:
         """Locked by the one AdminVM of this system as long as it lives."""
-        return self.runtime / "lock"
+        return self.runtime / LOCK
 
     @property
     def daemon_dir(self) -> Path:
