@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -34,5 +35,18 @@ hypothesis.settings.register_profile("soak", deadline=None, max_examples=2000)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose how hypothesis searches: the same examples each time, but for the soak group."""
+    """Open a way to the checkout for the users that root's tests run programs as.
+
+    And choose how hypothesis searches: the same examples each time, but for the soak group.
+    """
+    if os.geteuid() == 0:
+        from tests.support import reach
+
+        try:
+            reach.open_way(ROOT)
+        except OSError as error:
+            raise pytest.UsageError(
+                f"{reach.closed(ROOT)}: others than root cannot enter it, and tests that run as "
+                f"others need the checkout ({error.strerror}); please put it elsewhere"
+            ) from error
     hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "steady")
