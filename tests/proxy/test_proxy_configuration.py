@@ -101,7 +101,76 @@ MISTAKES = {
     "an option twice": (
         "[chains.x]\nfilters = [{ use = 'timeout', src2dst = 1, src2dst_timeout = 2 }]\n", 2,
         "[0].src2dst_timeout", ""),
+    "an option where there is none": (
+        "[chains.x]\nfilters = [{ use = 'pass', x = 1 }]\n", 2, "[0].x", "takes no options"),
+    "one name that is no list": (
+        "[chains.x]\nfilters = []\nsources = 'work'\n", 3, "chains.x.sources", "'work' is not"),
+    "a misspelt any": (
+        "[chains.x]\nfilters = []\nsources = 'ayn'\n", 3, "chains.x.sources", "'any'?"),
+    "a misspelt word of a chain": (
+        "[chains.x]\nfilters = []\non_closed_reader = 'abrt'\n", 3, "on_closed_reader",
+        "'abort'?"),
+    "memory for nothing": ("[proxy]\nmax_memory = 0\n", 2, "proxy.max_memory", "from 1M"),
+    "a patience of nothing": ("[proxy]\nfar_timeout = 0\n", 2, "proxy.far_timeout", "100ms"),
+    "rotated for each record": ("[proxy]\naudit_max = 1\n", 2, "proxy.audit_max", "from 64k"),
+    "a misspelt log": ("[proxy]\nlog = 'jurnal'\n", 2, "proxy.log", "'journal'?"),
+    "a log somewhere": ("[proxy]\nlog = 'x/y.log'\n", 2, "proxy.log", "absolute path"),
+    "an audit file somewhere": ("[proxy]\naudit = 'a'\n", 2, "proxy.audit", "absolute path"),
+    "a state somewhere": ("[proxy]\nstate = 'a'\n", 2, "proxy.state", "absolute path"),
+    "filters somewhere": ("[proxy]\nfilters = ['.']\n", 2, "proxy.filters[0]", "absolute path"),
+    "metrics for everybody": (
+        "[proxy]\nmetrics = '0.0.0.0:9101'\n", 2, "proxy.metrics", "127.0.0.1:9101"),
+    "metrics nowhere": ("[proxy]\nmetrics = 'here'\n", 2, "proxy.metrics", "loopback"),
 }  # fmt: skip
+
+# Options of filters that cannot be meant: what stands in the braces after ``use``.
+OPTIONS = {
+    "no such encoding": ("sniff", "encoding = 'utf-9'", "encoding", "no known encoding"),
+    "an encoding with a NUL": ("sniff", 'encoding = "a\\u0000"', "encoding", "no known encoding"),
+    "no encoding of text": ("sniff", "encoding = 'base64'", "encoding", "no known encoding"),
+    "an encoding that stops": ("sniff", "encoding = 'idna'", "encoding", "cannot show every byte"),
+    "a state somewhere": (
+        "count", "limit = 1, interval = 1, state = 'x'", "state", "absolute path"),
+    "places somewhere": ("concurrent", "limit = 1, state = 'x'", "state", "absolute path"),
+    "counters somewhere": ("metrics", "state = 'x'", "state", "absolute path"),
+    "an interval of nothing": ("count", "limit = 1, interval = 0", "interval", "longer than 0"),
+    "a schema somewhere": ("json", "src2dst = 'x.json'", "src2dst", "absolute path"),
+    "nothing to be JSON": ("json", "max_depth = 3", "src2dst", "or dst2src"),
+    "no rules for lines": ("lines", "max_line = 3", "src2dst", "or dst2src"),
+    "no program": ("program", "confine = true", "src2dst", "or dst2src"),
+    "no kind and no size": ("content", "preview = 99", "allow", "deny or max_size"),
+    "no such group": (
+        "lines", "src2dst = { replace = { 'a(b)' = '\\2' } }", "src2dst", "no replacement"),
+    "half an escape": (
+        "lines", "src2dst = { replace = { 'a' = 'x\\' } }", "src2dst", "no replacement"),
+    "a newline by its number": (
+        "lines", "src2dst = { replace = { 'a' = '\\x0a' } }", "src2dst", "newline"),
+    "records where others write": (
+        "record", "directory = '/tmp'", "directory", "can be written by others"),
+}  # fmt: skip
+
+
+@pytest.mark.spec("PROXY-013")
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_an_option_that_cannot_be_meant_is_named(tmp_path: Path, kind: str) -> None:
+    name, options, key, message = OPTIONS[kind]
+    path = written(tmp_path, f"[chains.x]\nfilters = [\n  {{ use = '{name}', {options} }},\n]\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}:3: chains.x.filters[0].{key}: filter '{name}': ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.spec("PROXY-013")
+def test_check_says_where_a_filter_limits_nothing(tmp_path: Path) -> None:
+    names = ("byte-limit", "timeout", "idle-timeout", "throttle")
+    filters = ", ".join(f'"{name}"' for name in names)
+    path = written(tmp_path, f"[chains.x]\nfilters = [{filters}]\n")
+    result = CliRunner().invoke(command, ["check", "--config", path])
+    assert result.exit_code == 0
+    assert result.output.count("nothing is set: it hinders no call") == len(names)
+    path = written(tmp_path, "[chains.x]\nfilters = [{ use = 'timeout', src2dst = 1 }]\n")
+    assert "nothing is set" not in CliRunner().invoke(command, ["check", "--config", path]).output
 
 
 @pytest.mark.spec("PROXY-013")
@@ -127,7 +196,7 @@ def test_check_prints_every_chain_as_it_will_run(tmp_path: Path) -> None:
     for part in (
         "chain one-way", "targets:  vault", "1. timeout", "src2dst = 5s", "dst2src = 2.5s",
         "2. stop-dst", "3. byte-limit", "src2dst = 10M", "over = \"discard\"   (default)",
-        "1 chains",
+        "1 chain, no mistakes",
     ):  # fmt: skip
         assert part in result.output
 

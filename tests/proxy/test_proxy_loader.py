@@ -116,6 +116,21 @@ def test_a_misspelt_option_names_the_configuration(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.spec("PROXY-049")
+@pytest.mark.parametrize("event", ["check", "inspects"])
+def test_a_filter_that_fails_to_judge_its_options_is_named(tmp_path: Path, event: str) -> None:
+    text = GOOD.replace("    inspects = (SRC2DST,)\n", "") if event == "inspects" else GOOD
+    path = written(
+        tmp_path,
+        text + f"\n    @staticmethod\n    def {event}(options):\n        return options.nonesuch\n",
+    )
+    line = path.read_text().count("\n")
+    with pytest.raises(ConfigError) as caught:
+        load(configured(tmp_path))
+    assert "proxy.toml:6: chains.x.filters[0].use: filter 'upper': " in str(caught.value)
+    assert "AttributeError: " in str(caught.value) and f" at {path}:{line}" in str(caught.value)
+
+
 def test_a_data_event_is_needed_where_bytes_are_inspected(tmp_path: Path) -> None:
     written(tmp_path, GOOD.replace("def data(self, direction, chunk)", "def closed(self, cause)"))
     with pytest.raises(ConfigError, match="no event 'data'"):

@@ -23,9 +23,9 @@ from tests.support.proxy_server import COMMAND, Resident, left_over, read_all, r
 from sluice.errors import ConfigError, LocalError
 from sluice.proxy import systemd
 from sluice.proxy.control import ControlClient
-from sluice.proxy.exporter import parse_address
 from sluice.proxy.handover import encode_request
 from sluice.proxy.server import Server
+from sluice.proxy.settings import parse_address
 
 RAW = 'services = "any"\ntargets = "any"\nrequire_exit_code = false\n'
 

@@ -85,7 +85,8 @@ def check(config: str | None) -> None:
         click.echo()
         for line in chain_lines(chain):
             click.echo(line)
-    click.echo(f"\n{len(configuration.chains)} chains, no mistakes.")
+    count = len(configuration.chains)
+    click.echo(f"\n{count} chain{'s' * (count != 1)}, no mistakes.")
 
 
 @command.command()

@@ -6,7 +6,6 @@ docs/spec/proxy.md 3. Large processes only; the program form uses what ``compile
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from sluice.proxy.options import with_values
 from sluice.proxy.paths import configuration_files
 from sluice.proxy.places import Path, Places
 from sluice.proxy.schema import FieldError, convert_table, suggest, use_filter
+from sluice.proxy.settings import mistakes
 from sluice.wire.names import is_valid_domain_name
 
 _TABLES = ("proxy", "chains")
@@ -120,18 +120,14 @@ def _settings(files: list[_File]) -> ProxySettings:
         if not isinstance(table, dict):
             raise file.error(("proxy",), "must be a table", "[proxy]")
         try:
-            values |= convert_table(ProxySettings, table)
+            given = convert_table(ProxySettings, table)
         except FieldError as error:
             raise file.error(
                 ("proxy", error.field.split("[")[0]), error.message_only, error.hint
             ) from None
-        for name in ("max_calls", "max_calls_source", "log_lines", "audit_keep"):
-            if name in table and not 1 <= values[name] <= 1_000_000:
-                raise file.error(("proxy", name), "is out of range", "from 1 to 1000000")
-        for name in ("filters", "legacy_plugins"):
-            for place, directory in enumerate(table.get(name, [])):
-                if not os.path.isdir(directory):
-                    raise file.error(("proxy", name, place), f"'{directory}' is no directory")
+        for key, message, hint in mistakes(given):
+            raise file.error(("proxy", *key), message, hint)
+        values |= given
     made: ProxySettings = with_values(ProxySettings, values)
     return made
 

@@ -6,7 +6,6 @@ the audit records.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -15,7 +14,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from sluice.errors import ConfigError
 from sluice.proxy.verdicts import DIRECTIONS
 
 if TYPE_CHECKING:
@@ -110,29 +108,6 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in the text format."""
         return generate_latest(self.registry)
-
-
-def parse_address(setting: str) -> str | tuple[str, int]:
-    """Return the path of a Unix socket, or a loopback address and port.
-
-    Raises ConfigError for what is neither: metrics are never served to other machines.
-    """
-    if setting.startswith("/"):
-        return setting
-    host, _, port = setting.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
-    try:
-        number = int(port)
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback, number = False, 0
-    if not loopback or not 0 <= number < 65536:
-        raise ConfigError(
-            f"'{setting}' is no Unix socket and no port of a loopback address",
-            key="proxy.metrics",
-            suggestion='"/run/sluice-proxy/metrics.sock" or "127.0.0.1:9101"',
-        )
-    return host, number
 
 
 class MetricsPage:

@@ -109,9 +109,16 @@ def _compile(pattern: str, *, whole_chunks: bool = False) -> Any:
 
 
 def _replacement(pattern: str, text: str) -> bytes:
-    if "\n" in text or "\\n" in text:
+    made = text.encode("utf-8")
+    # A match of nothing that has the pattern's groups shows what the text becomes.
+    nothing = _compile(f"(?:{pattern})|").fullmatch(b"")
+    try:
+        shown = nothing.expand(made)
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"'{text}' is no replacement of '{pattern}': {error}") from None
+    if b"\n" in shown:
         raise ValueError(f"the replacement of '{pattern}' has a newline in it")
-    return text.encode("utf-8")
+    return made
 
 
 def _without_newline(pattern: str) -> str:

@@ -40,6 +40,24 @@ class OptionError(ValueError):
         self.option = option
 
 
+def absolute(option: str, path: str) -> None:
+    """Raise OptionError unless ``path`` is absolute, or empty: a call may begin anywhere."""
+    if path and not path.startswith("/"):
+        raise OptionError(option, f"'{path}' is no absolute path")
+
+
+def either(options: Any, what: str) -> None:
+    """Raise OptionError where a filter is given nothing to judge in any direction."""
+    if not options.src2dst and not options.dst2src:
+        raise OptionError("src2dst", f"{what} must be given, here or dst2src")
+
+
+def idle(options: Any, *names: str) -> list[str]:
+    """Return what ``describe`` says of a filter whose limits ``names`` are all unset."""
+    unset = all(getattr(options, name) < 0 for name in names)
+    return ["nothing is set: it hinders no call"] if unset else []
+
+
 def with_values(options: type[Any], values: dict[str, Any]) -> Any:
     """Return an instance of a plain ``Options`` class with ``values``, defaults for the others.
 

@@ -53,8 +53,7 @@ class Recording:
         except OSError as error:
             raise RecordingError(error.errno, f"{directory}: {error.strerror}") from None
         try:
-            status = os.fstat(folder)
-            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+            if others_can_write(os.fstat(folder)):
                 raise RecordingError(errno.EPERM, f"{directory} can be written by others")
             name = os.urandom(12).hex() + SUFFIX
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -89,6 +88,11 @@ class Recording:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def others_can_write(status: os.stat_result) -> bool:
+    """Tell whether a directory is not ours (or root's) alone."""
+    return status.st_uid not in (os.geteuid(), 0) or bool(status.st_mode & 0o022)
 
 
 def space(size: int) -> int:

@@ -19,6 +19,7 @@ from sluice.errors import ConfigError
 from sluice.proxy import options as kinds
 from sluice.proxy.chain import FilterUse
 from sluice.proxy.options import OptionError, with_values
+from sluice.proxy.stage import where_raised
 from sluice.proxy.units import parse_duration, parse_size, show_duration, show_size
 
 _Size: Any = kinds.Size
@@ -127,11 +128,20 @@ def convert(field: Field, value: Any) -> Any:
             text, _, place = text.partition(" - at `$")
             place = place.rstrip("`")
         hint = f"it takes {show_type(field.type)}"
-        if typing.get_origin(field.type) is Literal and isinstance(value, str):
-            known = [str(choice) for choice in typing.get_args(field.type)]
-            hint = suggest(value, known) or hint
+        known = [str(choice) for choice in _choices(field.type)]
+        if known and isinstance(value, str):
+            near = suggest(value, known) or hint
+            whole = typing.get_origin(field.type) is Literal or near.startswith("did you")
+            hint = near if whole else hint
             text = f"'{value}' is not one of its values"
         raise FieldError(field.name + place, text, hint) from None
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Return the words that a type takes: a Literal, or one among other types."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    return tuple(choice for arg in typing.get_args(kind) for choice in _choices(arg))
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -176,7 +186,7 @@ def convert_table(
         if name not in fields:
             name = aliases.get(key.replace("_", "-"), key.replace("-", "_"))
         if name not in fields:
-            raise FieldError(key, "unknown key", suggest(key, fields))
+            raise FieldError(key, "unknown key", suggest(key, fields) or "it takes no options")
         if name in values:
             raise FieldError(key, f"is given twice ('{name}' is the same)")
         values[name] = convert(fields[name], value)
@@ -194,14 +204,17 @@ def use_filter(cls: type[Any], given: dict[str, Any], name: str | None = None) -
     _find_library(cls)
     values = convert_table(cls.Options, given, dict(getattr(cls, "aliases", ())))
     made = make_options(cls.Options, values)
-    check = getattr(cls, "check", None)
-    if check is not None:
-        try:
-            check(made)
-        except OptionError as error:
-            raise FieldError(error.option, str(error)) from None
     use = FilterUse(cls, made, name)
     use.values = values
+    try:
+        if hasattr(cls, "check"):
+            cls.check(made)
+        use.inspected()
+    except OptionError as error:
+        raise FieldError(error.option, str(error)) from None
+    except Exception as error:
+        text = f"cannot judge its options: {type(error).__name__}: {error}{where_raised(error)}"
+        raise FieldError("use", text) from error
     return use
 
 
@@ -237,6 +250,7 @@ def show_type(kind: Any) -> str:
         float: "a number",
         bool: "true or false",
         type(None): "nothing",
+        Any: "anything",
     }
     if kind in simple:
         return simple[kind]
@@ -271,6 +285,9 @@ def show_value(kind: Any, value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return f'"{value}"'
+    if isinstance(value, dict):
+        pairs = (f"{key} = {show_value(type(item), item)}" for key, item in value.items())
+        return "{ " + ", ".join(pairs) + " }" if value else "{}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(show_value(type(item), item) for item in value) + "]"
     return str(value)

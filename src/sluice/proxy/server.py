@@ -38,6 +38,7 @@ from sluice.proxy.names import PROXY_SERVICE
 from sluice.proxy.reload import Watcher, directories
 from sluice.proxy.service_check import skips_descriptor
 from sluice.proxy.session import Session
+from sluice.proxy.settings import parse_address
 from sluice.proxy.systemd import Notifier, listen_fds
 from sluice.proxy.underway import Calls
 
@@ -162,7 +163,7 @@ class Server:
         if not setting:
             return
         try:
-            from sluice.proxy.exporter import Metrics, MetricsPage, parse_address
+            from sluice.proxy.exporter import Metrics, MetricsPage
         except ImportError as error:
             text = f"needs a library that is not installed: {error.name}"
             raise ConfigError(text, key="proxy.metrics") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.proxy.options import SizeLimit
+from sluice.proxy.options import SizeLimit, idle
 from sluice.proxy.verdicts import (
     CONTINUE,
     DST2SRC,
@@ -50,6 +50,11 @@ class ByteLimit:
         """Look at limited directions only."""
         limits = ((SRC2DST, options.src2dst), (DST2SRC, options.dst2src))
         return tuple(direction for direction, limit in limits if limit >= 0)
+
+    @staticmethod
+    def describe(options: Options) -> list[str]:
+        """Say where nothing is limited (for ``sluice proxy check``)."""
+        return idle(options, "src2dst", "dst2src")
 
     def __init__(self, options: Options, link: Link) -> None:
         """Start counting."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sluice.proxy import state
-from sluice.proxy.options import Duration, OptionError
+from sluice.proxy.options import Duration, OptionError, absolute
 from sluice.proxy.verdicts import CONTINUE, HOLD, Refuse
 
 TYPE_CHECKING = False
@@ -51,6 +51,7 @@ class Concurrent:
             raise OptionError("limit", "must be from 1 to 4096")
         if not 0 <= options.queue <= 4096:
             raise OptionError("queue", "must be from 0 to 4096")
+        absolute("state", options.state)
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the options."""

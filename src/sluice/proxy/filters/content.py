@@ -56,6 +56,8 @@ class Content:
     @staticmethod
     def check(options: Options) -> None:
         """See that the kinds exist and that there is something to look at."""
+        if not options.allow and not options.deny and options.max_size < 0:
+            raise OptionError("allow", "kinds must be given, here or with deny or max_size")
         for option in ("allow", "deny"):
             for kind in getattr(options, option):
                 if kind not in KINDS and kind not in GROUPS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from sluice.proxy import state
-from sluice.proxy.options import Duration, OptionError
+from sluice.proxy.options import Duration, OptionError, absolute
 from sluice.proxy.units import show_duration
 from sluice.proxy.verdicts import CONTINUE, HOLD, Refuse
 
@@ -60,6 +60,9 @@ class Count:
         """See that the numbers can be kept."""
         if not 0 <= options.limit <= _MAX_LIMIT:
             raise OptionError("limit", f"must be from 0 to {_MAX_LIMIT}")
+        if options.interval <= 0:
+            raise OptionError("interval", "must be longer than 0")
+        absolute("state", options.state)
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the options; nothing is read before the call is opened."""

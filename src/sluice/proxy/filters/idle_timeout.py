@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.proxy.options import DurationLimit, OptionError
+from sluice.proxy.options import DurationLimit, OptionError, idle
 from sluice.proxy.units import show_duration
 from sluice.proxy.verdicts import CONTINUE, DST2SRC, SRC2DST, Abort, Direction
 
@@ -46,6 +46,11 @@ class IdleTimeout:
         for name in ("both", "src2dst", "dst2src"):
             if 0 <= getattr(options, name) < _SHORTEST:
                 raise OptionError(name, "must be at least 100ms")
+
+    @staticmethod
+    def describe(options: Options) -> list[str]:
+        """Say where nothing is limited (for ``sluice proxy check``)."""
+        return idle(options, "both", "src2dst", "dst2src")
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the times."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.proxy.options import OptionError, Size
+from sluice.proxy.options import OptionError, Size, absolute, either
 from sluice.proxy.verdicts import (
     DST2SRC,
     HOLD,
@@ -52,6 +52,7 @@ class Json:
     @staticmethod
     def check(options: Options) -> None:
         """Read the schemas."""
+        either(options, 'a schema or "any"')
         for name in ("src2dst", "dst2src"):
             _schema(name, getattr(options, name))
         if not 1 <= options.max_depth <= 512:
@@ -116,6 +117,7 @@ def _schema(name: str, file: str) -> Any:
     """Return the validator of a schema file, or None. Raises OptionError."""
     if file in ("", "any"):
         return None
+    absolute(name, file)
     from sluice.proxy.json_rules import read_schema
 
     try:

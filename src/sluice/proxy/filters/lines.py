@@ -54,6 +54,8 @@ class Lines:
     @staticmethod
     def check(options: Options) -> None:
         """Compile the patterns."""
+        if options.src2dst is None and options.dst2src is None:
+            raise OptionError("src2dst", "rules must be given, here or dst2src")
         for name in ("src2dst", "dst2src"):
             rules = getattr(options, name)
             if rules is not None:

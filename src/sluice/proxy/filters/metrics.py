@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sluice.proxy.options import absolute
 from sluice.proxy.verdicts import CONTINUE, DST2SRC, SRC2DST
 
 TYPE_CHECKING = False
@@ -29,6 +30,11 @@ class Metrics:
         """
 
         state: str = ""
+
+    @staticmethod
+    def check(options: Options) -> None:
+        """See that the place is the same for every call."""
+        absolute("state", options.state)
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the options."""

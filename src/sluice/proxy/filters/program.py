@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from sluice.proxy.options import DurationLimit, OptionError
+from sluice.proxy.options import DurationLimit, OptionError, either
 from sluice.proxy.outside import Outside, command_line, confined, find_program, try_confinement
 from sluice.proxy.units import show_duration
 from sluice.proxy.verdicts import (
@@ -68,6 +68,7 @@ class Program:
     @staticmethod
     def check(options: Options) -> None:
         """See that programs and paths are there, and that a program can be confined here."""
+        either(options, "a program")
         for path in options.read:
             if not os.path.isabs(path) or not os.path.exists(path):
                 raise OptionError("read", f"'{path}' is no absolute path of a file")

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from sluice.proxy.options import OptionError, Size
-from sluice.proxy.recording import END, END_OF, Recording, RecordingError, space, used
+from sluice.proxy.recording import (
+    END,
+    END_OF,
+    Recording,
+    RecordingError,
+    others_can_write,
+    space,
+    used,
+)
 from sluice.proxy.verdicts import CONTINUE, DST2SRC, PASS, SRC2DST, Abort, Direction, Refuse
 
 TYPE_CHECKING = False
@@ -48,6 +56,8 @@ class Record:
 
         if not os.path.isabs(options.directory) or not os.path.isdir(options.directory):
             raise OptionError("directory", f"'{options.directory}' is no absolute directory")
+        if others_can_write(os.stat(options.directory)):
+            raise OptionError("directory", f"'{options.directory}' can be written by others")
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the options; the file is made when the call is opened."""

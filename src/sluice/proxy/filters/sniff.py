@@ -42,11 +42,12 @@ class Sniff:
     @staticmethod
     def check(options: Options) -> None:
         """See that the encoding exists."""
-        import codecs
-
         try:
-            codecs.lookup(options.encoding)
-        except LookupError:
+            bytes(range(256)).decode(options.encoding, "backslashreplace")
+        except UnicodeError:
+            text = f"'{options.encoding}' cannot show every byte"
+            raise OptionError("encoding", text) from None
+        except (LookupError, ValueError):
             raise OptionError("encoding", f"'{options.encoding}' is no known encoding") from None
 
     def __init__(self, options: Options, link: Link) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.proxy.options import OptionError, Size, SizeLimit
+from sluice.proxy.options import OptionError, Size, SizeLimit, idle
 from sluice.proxy.verdicts import (
     DST2SRC,
     HOLD,
@@ -59,6 +59,11 @@ class Throttle:
         """Look at limited directions only."""
         rates = ((SRC2DST, options.src2dst), (DST2SRC, options.dst2src))
         return tuple(direction for direction, rate in rates if rate > 0)
+
+    @staticmethod
+    def describe(options: Options) -> list[str]:
+        """Say where nothing is limited (for ``sluice proxy check``)."""
+        return idle(options, "src2dst", "dst2src")
 
     def __init__(self, options: Options, link: Link) -> None:
         """Begin with full buckets."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sluice.proxy.options import DurationLimit
+from sluice.proxy.options import DurationLimit, idle
 from sluice.proxy.units import show_duration
 from sluice.proxy.verdicts import CONTINUE, DST2SRC, SRC2DST, Abort
 
@@ -31,6 +31,11 @@ class Timeout:
 
         src2dst: DurationLimit = -1
         dst2src: DurationLimit = -1
+
+    @staticmethod
+    def describe(options: Options) -> list[str]:
+        """Say where nothing is limited (for ``sluice proxy check``)."""
+        return idle(options, "src2dst", "dst2src")
 
     def __init__(self, options: Options, link: Link) -> None:
         """Take the times."""
