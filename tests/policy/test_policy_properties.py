@@ -520,14 +520,22 @@ def test_unreachable_rules_decide_nothing(policy: Policy, info: SystemInfo) -> N
 
 @SLOW
 @given(policies(), registries())
-def test_reaches_are_true(policy: Policy, info: SystemInfo) -> None:
-    """Each way that is listed is a request that ends there."""
+def test_reaches_are_exact(policy: Policy, info: SystemInfo) -> None:
+    """Each way that is listed is a request that ends there, and each such request is listed."""
     world = World(info, [policy])
-    for way in reaches(world, policy):
-        assert way.asked
-        for asked in way.asked:
-            request = Request(*way.call.sample, way.source, asked)
-            resolution = policy.evaluate(request, world.info)
-            assert resolution.rule is way.rule
-            ends = [(end[0], end[1], end[2] or None) for end in _ends(resolution, world.info)]
-            assert (way.target, way.relay, way.service) in ends
+    found = [
+        (way.call, way.source, asked, id(way.rule), way.target, way.relay, way.service)
+        for way in reaches(world, policy)
+        for asked in way.asked
+    ]
+    expected = set()
+    for call in world.calls:
+        for source in world.sources:
+            for asked in dict.fromkeys(target.text for target in world.targets):
+                request = Request(*call.sample, source, asked)
+                resolution = policy.evaluate(request, world.info)
+                for name, relay, service in _ends(resolution, world.info):
+                    end = (id(resolution.rule), name, relay, service or None)
+                    expected.add((call, source, asked, *end))
+    assert set(found) == expected
+    assert len(found) == len(expected)

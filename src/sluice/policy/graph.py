@@ -162,13 +162,18 @@ def _calls(world: World, services: Collection[str]) -> list[CallClass] | None:
 def _pairs(world: World, policy: Policy, calls: list[CallClass] | None, include_ask: bool) -> Pairs:
     labels: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
     unknown = set(world.unknown)
+    call, label = None, ""
     for way in reaches(world, policy, calls=calls):
         if way.source in unknown or (way.verb == "ask" and not include_ask):
             continue
         if way.source == way.target:
             continue  # of oneself, by UUID: nobody gains anything by it
-        sets = labels.setdefault((way.source, way.target), (set(), set()))
-        sets[way.verb == "ask"].add(_label(way.call))
+        if way.call is not call:  # there are many ways, call by call
+            call, label = way.call, _label(way.call)
+        pair = (way.source, way.target)
+        if pair not in labels:
+            labels[pair] = (set(), set())
+        labels[pair][way.verb == "ask"].add(label)
     found = {}
     for pair, (allowed, asked) in labels.items():
         free = _widest(allowed)

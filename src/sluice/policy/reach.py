@@ -8,9 +8,10 @@ where the relay is asked for its transport service. Requests are enumerated by `
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
-from sluice.policy.classes import CallClass, Region, World
+from sluice.policy.classes import UNKNOWN, CallClass, World
 from sluice.policy.evaluation import Policy
 from sluice.policy.resolution import Allow, Ask
 from sluice.policy.response import Direction, direct
@@ -49,6 +50,7 @@ def reaches(
     calls: list[CallClass] | None = None,
 ) -> Iterator[Reach]:
     """Yield every way in which sources (bits; None: all) reach anything, by the given calls."""
+    finder = _Finder(world, policy)
     for call in world.calls if calls is None else calls:
         # A rule may have several regions: what is asked for is put together.
         found: dict[tuple[int, str, End], Reach] = {}
@@ -56,70 +58,115 @@ def reaches(
             rule = region.rule
             if rule is None or rule.action.verb is Verb.DENY:
                 continue
+            verb, user = rule.action.verb.value, rule.action.user
             mask = region.sources if sources is None else region.sources & sources
-            for source in world.sources_in(mask):
-                for end, asked in _ends(world, policy, call, region, rule, source).items():
+            for source, ends in finder.ends(call, rule, world.sources_in(mask), region.targets):
+                for end, asked in ends.items():
                     key = (id(rule), source, end)
                     if key in found:
                         asked = (*found[key].asked, *asked)
-                    verb, user = rule.action.verb.value, rule.action.user
                     found[key] = Reach(source, call, asked, verb, *end, rule, user)
         yield from found.values()
 
 
-def _ends(
-    world: World, policy: Policy, call: CallClass, region: Region, rule: Rule, source: str
-) -> dict[End, tuple[str, ...]]:
-    """Return where the requests of a source in a region end, with the targets that lead there."""
-    targets = tuple(target.text for target in world.targets_in(region.targets))
-    if rule.action.verb is Verb.ASK:
-        # What a question offers, and where its answer leads, is the same whatever was asked for,
-        # but for what a relay is told.
-        resolution = world.resolve(policy, rule, call, source, targets[0])
-        if not isinstance(resolution, Ask):
-            return {}
-        found: dict[End, tuple[str, ...]] = {}
-        for candidate in resolution.candidates:
-            if candidate == source:
-                continue  # a loop
-            name = candidate.removeprefix(DISPVM_PREFIX)
-            domain = world.info.get(name)
-            if domain is not None and domain.klass == "RemoteVM" and name == candidate:
-                return _each(world, policy, call, rule, source, targets)
-            if domain is not None or candidate == "dom0":
-                found[candidate, None, None] = targets
-        return found
-    return _each(world, policy, call, rule, source, targets)
+Ends = dict[End, tuple[str, ...]]
+"""Where requests end, with the targets that lead there."""
 
 
-def _each(
-    world: World,
-    policy: Policy,
-    call: CallClass,
-    rule: Rule,
-    source: str,
-    targets: tuple[str, ...],
-) -> dict[End, tuple[str, ...]]:
-    found: dict[End, tuple[str, ...]] = {}
-    for target in targets:
-        resolution = world.resolve(policy, rule, call, source, target)
-        outcomes = [resolution]
-        if isinstance(resolution, Ask):
-            outcomes = [resolution.chosen(candidate) for candidate in resolution.candidates]
-        for outcome in outcomes:
-            end = _end(world, outcome) if isinstance(outcome, Allow) else None
+class _Finder:
+    """Finds where requests end. This is the inner loop of most tools: what does not depend on the
+    source is found out once."""
+
+    def __init__(self, world: World, policy: Policy) -> None:
+        self._world = world
+        self._policy = policy
+        self._plain: dict[str, End | None] = {}  # by what is called, unless that is a RemoteVM
+
+    def ends(
+        self, call: CallClass, rule: Rule, sources: list[str], mask: int
+    ) -> Iterator[tuple[str, Ends]]:
+        """Yield, for sources of one region, where requests of the targets in ``mask`` end."""
+        if not sources:
+            return
+        targets = tuple(target.text for target in self._world.targets_in(mask))
+        if rule.action.verb is Verb.ALLOW:
+            yield from self._allowed(call, rule, sources, targets)
+            return
+        chosen: dict[str, Ends] = {}
+        for source in sources:
+            # What a question offers is the same whatever was asked for.
+            ask = self._world.resolve(self._policy, rule, call, source, targets[0])
+            if not isinstance(ask, Ask):
+                continue
+            ends: Ends = {}
+            for candidate in ask.candidates:
+                if candidate == source:
+                    continue  # a loop
+                if candidate not in chosen:
+                    chosen[candidate] = self._chosen(ask, candidate, targets)
+                ends |= chosen[candidate]
+            yield source, ends
+
+    def _allowed(
+        self, call: CallClass, rule: Rule, sources: list[str], targets: tuple[str, ...]
+    ) -> Iterator[tuple[str, Ends]]:
+        """Yield the ends of a rule that allows: but for loops the same for all the sources.
+
+        For they have one disposable base: ``World`` splits its first cells by it.
+        """
+        ways: dict[tuple[str, End], tuple[str, ...]] = {}
+        for target in targets:
+            allow = self._world.resolve(self._policy, rule, call, sources[0], target)
+            end = self._end(allow) if isinstance(allow, Allow) else None
+            if isinstance(allow, Allow) and end is not None:
+                way = (allow.target, end)
+                ways[way] = (*ways.get(way, ()), target)
+        common = _together(ways)
+        called = {text for text, _ in ways}
+        for source in sources:
+            if source in called:
+                yield source, _together({way: ways[way] for way in ways if way[0] != source})
+            else:
+                yield source, common
+
+    def _chosen(self, ask: Ask, candidate: str, targets: tuple[str, ...]) -> Ends:
+        """Return where a choice leads, which is offered whichever of ``targets`` is asked for."""
+        allow = ask.chosen(candidate)
+        assert isinstance(allow, Allow)
+        domain = self._world.info.get(candidate)
+        if domain is None or domain.klass != "RemoteVM":
+            end = self._end(allow)
+            return {} if end is None else {end: targets}
+        ends: Ends = {}
+        for target in targets:  # a relay is told what was asked for (Q-11)
+            end = self._end(replace(allow, requested_target=target))
             if end is not None:
-                found[end] = (*found.get(end, ()), target)
-    return found
+                ends[end] = (*ends.get(end, ()), target)
+        return ends
+
+    def _end(self, allow: Allow) -> End | None:
+        """Return where an allowed call ends, whoever makes it: loops are the caller's business."""
+        text = allow.target
+        if text in self._plain:
+            return self._plain[text]
+        directed = direct(replace(allow, source=UNKNOWN), self._world.info)
+        end: End | None = None
+        if isinstance(directed, Direction):
+            name = self._world.info.to_name(text)
+            assert name is not None  # direct() denies what does not exist
+            if directed.service is not None:
+                return name, directed.target, directed.service
+            end = (name, None, None)
+        self._plain[text] = end
+        return end
 
 
-def _end(world: World, allow: Allow) -> End | None:
-    directed = direct(allow, world.info)
-    if not isinstance(directed, Direction):
-        return None
-    name = world.info.to_name(allow.target)
-    assert name is not None  # direct() denies what does not exist
-    return name, directed.target if directed.service is not None else None, directed.service
+def _together(ways: dict[tuple[str, End], tuple[str, ...]]) -> Ends:
+    """Put ways together that end alike: by name and by UUID."""
+    ends: Ends = {}
+    for (_, end), asked in ways.items():
+        ends[end] = (*ends[end], *asked) if end in ends else asked
+    return ends
 
 
 def calls_of(world: World, service: str, argument: str | None) -> list[CallClass]:
