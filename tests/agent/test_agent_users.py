@@ -53,13 +53,13 @@ def test_what_setpriv_is_given() -> None:
     name = os.fsencode(pwd.getpwuid(os.geteuid()).pw_name)
     account = users.Account(name)
     plain = users.SwitchUser(b"/usr/bin/setpriv", login=False)
-    argv, environment, directory = plain.program(name, [b"/x", b"a b"], BASE)
+    argv, environment, directory = plain.program(name, [b"/bin/sh", b"a b"], BASE)
     assert argv[:3] == [
         b"/usr/bin/setpriv",
         b"--reuid=%d" % account.uid,
         b"--regid=%d" % account.gid,
     ]
-    assert argv[-3:] == [b"--", b"/x", b"a b"]
+    assert argv[-3:] == [b"--", b"/bin/sh", b"a b"]
     assert environment[b"HOME"] == account.home == directory
     assert environment[b"USER"] == environment[b"LOGNAME"] == name
     assert environment[b"QREXEC_REMOTE_DOMAIN"] == b"work"

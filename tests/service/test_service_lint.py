@@ -52,7 +52,7 @@ def test_nothing_to_complain_of(home: Path) -> None:
     [
         ("a", "#!/bin/sh\n", 0o644, ERROR, "rpc/a: is not executable (chmod 755), nor a socket"),
         ("a", "#!/no/such\n", 0o755, ERROR, "rpc/a: its interpreter /no/such is missing"),
-        ("a", "#!\n", 0o755, ERROR, "rpc/a: its interpreter none is missing"),
+        ("a", "#!\n", 0o755, ERROR, "rpc/a: names no interpreter"),
         ("a", "hello", 0o755, ERROR, "rpc/a: begins neither with #! nor as a program"),
         ("a", "#!/bin/sh\n", 0o777, WARNING, "rpc/a: everybody may write it"),
         (

@@ -19,6 +19,7 @@ import os
 import pwd
 
 from sluice.service.command import ServiceError
+from sluice.service.executable import Identity, check_program
 from sluice.wire.names import escape
 
 TYPE_CHECKING = False
@@ -99,6 +100,8 @@ class OwnUser:
     def program(self, user: bytes, argv: list[bytes], environment: dict[bytes, bytes]) -> Start:
         """Return (argv, environment) that run a service directly. Raises ServiceError."""
         self._check(user)
+        if service_descriptors:
+            check_program(argv[0])
         return _limited(argv), environment, self._home
 
     def shell(self, user: bytes, text: bytes, environment: dict[bytes, bytes]) -> Start:
@@ -136,6 +139,8 @@ class SwitchUser:
         account = Account(user)
         ours = {name: value for name, value in environment.items() if name.startswith(b"QREXEC")}
         final = login_environment(environment, account)
+        if not self._login:
+            check_program(argv[0], Identity(account.uid, account.groups))
         words = login_wrapper(ours, argv) if self._login else argv
         return self._become(account) + words, final, account.home
 

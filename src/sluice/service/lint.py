@@ -19,6 +19,7 @@ from sluice.service.configuration import (
     parse_configuration,
     read_file,
 )
+from sluice.service.executable import check_program
 from sluice.service.lookup import EXECUTABLE, Found, find_service, split_path
 from sluice.wire.messages import EXIT_NOT_FOUND, NAME_MAX
 from sluice.wire.names import SERVICE_CHARACTERS, escape
@@ -120,17 +121,9 @@ def _lint_kind(path: bytes, shown: str, mode: int) -> list[Finding]:
     if mode & 0o002:
         findings.append(Finding(WARNING, f"{shown}: everybody may write it"))
     try:
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError:
-        return findings
-    if head.startswith(b"#!"):
-        interpreter = head[2:].split(b"\n")[0].split()
-        if not interpreter or not os.path.exists(interpreter[0]):
-            shown_name = escape(interpreter[0]) if interpreter else "none"
-            findings.append(Finding(ERROR, f"{shown}: its interpreter {shown_name} is missing"))
-    elif not head.startswith(b"\x7fELF"):
-        findings.append(Finding(ERROR, f"{shown}: begins neither with #! nor as a program"))
+        check_program(path)
+    except ServiceError as error:
+        findings.append(Finding(ERROR, str(error)))
     return findings
 
 
