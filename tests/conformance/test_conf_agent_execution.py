@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import struct
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.support.agent import (
@@ -25,6 +29,10 @@ from tests.support.agent import (
     streams,
     until,
 )
+
+from sluice.agent import sessions
+from sluice.agent.sessions import hang_up
+from sluice.flow.reactor import Reactor
 
 ME = SELF.encode()
 
@@ -230,6 +238,72 @@ def test_the_service_outlives_a_lost_channel(place: Place) -> None:
     assert agent.control.silent()
     fifo.write_text("\n")
     agent.terminated(43, 1024)
+
+
+@pytest.mark.spec("WIRE-254")
+@pytest.mark.parametrize("unread", [0, 1 << 20])
+def test_a_command_that_ends_with_its_caller(place: Place, unread: int) -> None:
+    """All of its session, whatever waits for its input; not what made a session of its own."""
+    agent = AgentUnderTest(place)
+    script = (
+        b":: hangup; setsid sleep 4711 </dev/null >/dev/null 2>&1 & echo $!;"
+        b" sleep 1000 & echo $! $$; sleep 1000"
+    )
+    wire = agent.call(ME + script)
+    said = b""
+    while said.count(b"\n") < 2:
+        message = wire.next()
+        assert message is not None and message[0] == STDOUT
+        said += message[1]
+    stays, *go = map(int, said.split())
+    until(lambda: os.getsid(stays) == stays, "the session of its own")
+    assert isinstance(wire.writer, socket.socket)
+    wire.writer.settimeout(1)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(unread // 65536):
+            wire.message(STDIN, bytes(65536))
+    wire.close()
+    try:
+        until(lambda: not any(map(alive, go)), "the end of the command")
+        assert alive(stays)
+    finally:
+        os.kill(stays, signal.SIGKILL)
+    agent.terminated(43, 1024)
+
+
+@pytest.mark.spec("WIRE-254")
+def test_the_end_of_input_is_no_end_of_the_caller(place: Place) -> None:
+    agent = AgentUnderTest(place)
+    wire = agent.call(ME + b":: hangup; cat; sleep 0.2; echo end")
+    wire.message(STDIN)
+    messages = wire.rest()
+    assert (streams(messages, STDOUT), code(messages)) == (b"end\n", 0)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
+    except OSError:
+        return False
+    return state[0] != "Z"
+
+
+@pytest.mark.spec("WIRE-254")
+def test_who_heeds_no_signal_is_killed() -> None:
+    loop = Reactor()
+    script = "trap '' HUP TERM; sleep 1000 & echo ready; wait; sleep 1000"
+    with subprocess.Popen(
+        ["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        hang_up(loop, process.pid, ((1, 0.05), (15, 0.05), (9, 0.0)))
+        assert sessions.members(process.pid)
+        end = loop.time() + DEADLINE
+        while sessions.members(process.pid) and loop.time() < end:
+            loop.run_once(0.01)
+        assert process.wait(DEADLINE) == -9
+    assert [number for number, _ in sessions.STEPS] == [1, 15, 9]
+    loop.close()
 
 
 @pytest.mark.spec("WIRE-015", "WIRE-016")

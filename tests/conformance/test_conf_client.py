@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -136,12 +137,19 @@ class Call:
     """A client in mode A, after its data channel is open."""
 
     def __init__(
-        self, world: World, *options: str, stdin: int = subprocess.PIPE, kind: int = EXEC_CMDLINE
+        self,
+        world: World,
+        *options: str,
+        stdin: int = subprocess.PIPE,
+        kind: int = EXEC_CMDLINE,
+        command: str = "user:cmd",
+        sent: str = "",
     ) -> None:
         daemon = world.daemon("work")
-        self.process = world.client("-d", "work", *options, "user:cmd", stdin=stdin)
+        self.process = world.client("-d", "work", *options, command, stdin=stdin)
         self.session = world.accept(daemon)
-        assert serve_local(self.session) == (kind, 0, 0, b"user:cmd\0")
+        text = (sent or command).encode() + b"\0"
+        assert serve_local(self.session) == (kind, 0, 0, text)
         self.session.send(message(kind, exec_body(42, 513)))
         self.data = world.agent()
         assert struct.unpack("<I", self.data.expect(HELLO)) == (4,)
@@ -202,6 +210,50 @@ def test_other_command_lines(world: World) -> None:
     assert shown.stdout.startswith(b"usage: qrexec-client")
     assert world.run("-d", "work", "-p", "a", "-p", "b", "user:cmd").returncode == 2
     assert world.run("-d", "work", "--use-stdin-socket", "user:cmd").returncode == 2
+
+
+# --- a command that ends with its caller ----------------------------------------------------------
+
+
+@pytest.mark.spec("WIRE-255")
+@pytest.mark.parametrize(
+    ("command", "sent"),
+    [
+        ("user:cmd", "user:: hangup; cmd"),
+        ("user:nogui:cmd", "user:nogui:: hangup; cmd"),
+        ("user:QUBESRPC a.B dom0", "user:QUBESRPC a.B dom0"),
+        ("user:nogui:QUBESRPC a.B dom0", "user:nogui:QUBESRPC a.B dom0"),
+        ("nocolon", "nocolon"),
+    ],
+)
+def test_hangup_marks_shell_commands(world: World, command: str, sent: str) -> None:
+    call = Call(world, "--hangup", command=command, sent=sent)
+    call.send(message(STDOUT), message(STDERR), code(0))
+    assert call.finish() == (0, b"", b"")
+
+
+@pytest.mark.spec("WIRE-255")
+def test_with_hangup_output_that_nobody_takes_ends_it(world: World) -> None:
+    call = Call(world, "--hangup", sent="user:: hangup; cmd")
+    assert call.process.stdout is not None
+    call.send(message(STDOUT, b"one"))
+    assert call.process.stdout.read(3) == b"one"
+    call.process.stdout.close()
+    call.send(message(STDERR, b"x"))
+    assert call.process.stderr is not None
+    assert call.process.stderr.read(1) == b"x"  # nothing of its output was lost so far
+    call.send(message(STDOUT, b"two"))
+    assert call.process.wait(DEADLINE) == -signal.SIGPIPE
+
+
+@pytest.mark.spec("WIRE-255", "WIRE-190")
+def test_without_hangup_it_goes_on(world: World) -> None:
+    call = Call(world)
+    assert call.process.stdout is not None
+    call.process.stdout.close()
+    call.process.stdout = None
+    call.send(message(STDOUT, b"two"), message(STDOUT), message(STDERR), code(7))
+    assert call.process.wait(DEADLINE) == 7
 
 
 # --- mode A -------------------------------------------------------------------------------------

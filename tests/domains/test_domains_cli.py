@@ -116,18 +116,20 @@ def test_what_a_stream_left_changed_is_put_back(sent: bytes, undone: bytes) -> N
     assert escapes.undo() == b""
 
 
-@pytest.mark.parametrize("relay", ["sh.relay(argv, EscapeFilter())", "run_filtered(argv)"])
+@pytest.mark.parametrize(
+    "relay",
+    ["sh.relay(argv, EscapeFilter())", "with run.screened(1): os.write(1, b'\\33[8mx')"],
+)
 def test_a_domain_does_not_leave_the_terminal_in_disguise(relay: str) -> None:
     program = (
-        "import sluice.cli.shell as sh\n"
-        "from sluice.cli.run import run_filtered\n"
+        "import os, sluice.cli.shell as sh, sluice.cli.run as run\n"
         "from sluice.cli.escapes import EscapeFilter\n"
         "argv = ['/usr/bin/printf', '%b', '\\\\033[8mx']\n"
     )
     master, slave = os.openpty()
     subprocess.run(
         [sys.executable, "-c", program + relay],
-        stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, timeout=20, check=True,
+        stdin=slave, stdout=slave, stderr=slave, timeout=20, check=True,
     )  # fmt: skip
     shown = os.read(master, 4096)
     os.close(slave)

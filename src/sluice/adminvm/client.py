@@ -21,7 +21,12 @@ import sys
 
 from sluice.adminvm.ask import DaemonConnection
 from sluice.adminvm.client_options import Settings, parse_arguments
-from sluice.agent.options import Exit, die_of_interrupt, has_standard_descriptors
+from sluice.agent.options import (
+    Exit,
+    die_of_broken_pipe,
+    die_of_interrupt,
+    has_standard_descriptors,
+)
 from sluice.errors import SluiceError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
@@ -182,6 +187,7 @@ class _Call:
             filter_stdout=settings.filter_stdout,
             filter_stderr=settings.filter_stderr,
             handshake_timeout=timeout,
+            on_unwanted=die_of_broken_pipe if settings.hangup and local is None else None,
         )
         self._channel.start()
         if self._local_status is not None:

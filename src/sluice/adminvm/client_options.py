@@ -7,6 +7,7 @@ import stat
 import sys
 
 from sluice.agent.options import Exit, UsageError, parse_options
+from sluice.service.command import HANGUP, MARKER, NOGUI
 from sluice.wire.messages import EXIT_LOCAL_FAILURE, EXIT_USAGE, MAX_IDENT
 from sluice.wire.names import DOM0_NAMES
 
@@ -28,6 +29,7 @@ Runs COMMAND (USER:COMMAND or DEFAULT:COMMAND) in the domain TARGET.
   -w SECONDS              wait so long for the domain to connect (default 10; 0: for ever)
   -W                      with -c: wait for the end of the call
   -k                      kill the domain at the end
+      --hangup            end the command when we are ended, and us when nobody takes its output
       --socket-dir=PATH   where the daemons' sockets are (default: /var/run/qubes)
       --use-stdin-socket  use stdin, a socket, in both directions
 
@@ -55,6 +57,7 @@ LONG = {
     "prefix-data": ("prefix", True),
     "socket-dir": ("socket-dir", True),
     "use-stdin-socket": ("stdin-socket", False),
+    "hangup": ("hangup", False),
 }
 
 
@@ -78,6 +81,7 @@ class Settings:
         self.timeout = 10
         self.wait = False
         self.kill = False
+        self.hangup = False
         self.socket_dir = SOCKET_DIR
         self.stdin_socket = False
 
@@ -114,7 +118,17 @@ def parse_arguments(arguments: list[str]) -> Settings:
     except UsageError as error:
         raise Exit(EXIT_LOCAL_FAILURE, f"qrexec-client: {error}\n{USAGE.rstrip()}") from error
     settings.command = os.fsencode(positionals[0])
+    if settings.hangup:
+        settings.command = with_hangup(settings.command)
     return settings
+
+
+def with_hangup(command: bytes) -> bytes:
+    """Have a shell command end when nobody waits for it any more (9.1.1); not a service call."""
+    user, colon, text = command.partition(b":")
+    if text.startswith(NOGUI):
+        user, text = user + colon + NOGUI[:-1], text[len(NOGUI) :]
+    return command if not colon or text.startswith(MARKER) else user + colon + HANGUP + text
 
 
 def _apply(settings: Settings, options: list[tuple[str, str]]) -> None:
@@ -155,6 +169,7 @@ _FLAGS = {
     "filter-stderr": "filter_stderr",
     "wait": "wait",
     "kill": "kill",
+    "hangup": "hangup",
 }
 
 

@@ -29,6 +29,7 @@ from sluice.adminvm.local import LocalSession
 from sluice.adminvm.run import DomainRun
 from sluice.adminvm.session import LocalRequest
 from sluice.errors import RemoteError, ResourceError, SluiceError
+from sluice.service.command import HANGUP
 from sluice.vchan.passed import make_pair
 from sluice.wire import messages as wire
 from sluice.wire.names import escape
@@ -356,7 +357,7 @@ def _join(source: DomainRun, target: DomainRun, request: Request, number: int, t
 
 def _record_of_dom0(number: int, target: str, text: bytes) -> CallRecord:
     """Describe a call that dom0 makes: a service call by its name, else the command."""
-    command = text.rstrip(b"\0").partition(b":")[2]
+    command = text.rstrip(b"\0").partition(b":")[2].removeprefix(HANGUP)
     words = command.split(b" ")
     service = words[1] if command.startswith(b"QUBESRPC ") and len(words) > 1 else b""
     record = CallRecord(number, "dom0", service.decode("ascii", "backslashreplace"), target)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 
 from sluice.agent.log import LineSink, LoggerSink
+from sluice.agent.sessions import hang_up
 from sluice.errors import LocalError
 from sluice.flow.channel import DataChannel
 from sluice.service.command import Command, ServiceError
@@ -245,6 +246,8 @@ class ServiceCall:
         self._channel.attach(
             started.in_fd, started.out_fd, started.err_fd, has_process=started.pid >= 0
         )
+        if self._plan.command is not None and self._plan.command.hangup:
+            self._channel.watch_peer(lambda: hang_up(self._around.loop, started.pid))
 
     def _start_detached(self, command: Command) -> None:
         """Start without streams and report at once (7.4.5)."""

@@ -51,6 +51,14 @@ def die_of_interrupt() -> None:
         _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
+def die_of_broken_pipe() -> None:
+    """End as every program does whose output nobody takes: by SIGPIPE, which Python ignores."""
+    import _signal
+
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
+    os.kill(os.getpid(), _signal.SIGPIPE)
+
+
 def parse_options(
     arguments: Sequence[str],
     short: Mapping[str, tuple[str, bool]],

@@ -92,7 +92,7 @@ class Relay:
         if not data:
             # Whoever watched is gone: the terminal hangs up.
             self._stdin_open = False
-            self._close_master()
+            self.hang_up()
             return
         for kind, body in self._frames.feed(data):
             if kind == TYPED:
@@ -116,13 +116,14 @@ class Relay:
         except OSError:
             data = b""
         if not data:
-            self._close_master()
+            self.hang_up()
             return
         view = memoryview(data)
         while view:
             view = view[os.write(1, view) :]
 
-    def _close_master(self) -> None:
+    def hang_up(self) -> None:
+        """End the terminal; the kernel tells the shell. May be repeated."""
         if self._master_open:
             self._master_open = False
             os.close(self._master)
@@ -150,10 +151,12 @@ def main(arguments: "Sequence[str]") -> int:
         setsid=True,
     )
     os.close(slave)
+    relay = Relay(master, pid)
     try:  # noqa: SIM105
-        Relay(master, pid).run()
+        relay.run()
     except BrokenPipeError:
         pass
+    relay.hang_up()  # a shell whose terminal nobody watches any more would wait for ever
     _, status = os.waitpid(pid, 0)
     sys.stdout.flush()
     code = os.waitstatus_to_exitcode(status)

@@ -20,7 +20,7 @@ from sluice import runtime
 from sluice.agent.terminal import SIZE, TYPED, WINDOW, frame
 from sluice.cli.common import make_running, places, root_option, tell_errors
 from sluice.cli.escapes import EscapeFilter
-from sluice.cli.run import become, client, write_all
+from sluice.cli.run import become, client, tidy_end, write_all
 from sluice.domains.paths import Paths
 
 
@@ -38,14 +38,14 @@ def command(name: str, user: str, raw: bool, root: str | None) -> None:
     paths = places(root)
     make_running(paths, name)
     if not os.isatty(0):
-        become(client(paths, name, "exec ${SHELL:-/bin/sh} -l", user), raw=raw)
+        become(client(paths, name, "exec ${SHELL:-/bin/sh} -l", user, hangup=True), raw=raw)
     program = pty_program(paths, name)
     rows, columns = window_size()
     term = os.environ.get("TERM", "dumb")
     if not re.fullmatch(r"[A-Za-z0-9._+-]{1,40}", term):
         term = "dumb"
     text = shlex.join([program, str(rows), str(columns), term])
-    sys.exit(relay(client(paths, name, text, user), None if raw else EscapeFilter()))
+    sys.exit(relay(client(paths, name, text, user, hangup=True), None if raw else EscapeFilter()))
 
 
 def pty_program(paths: Paths, name: str) -> str:
@@ -73,25 +73,30 @@ def window_size() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def raw_terminal(descriptor: int) -> Iterator[None]:
-    """Let every key through to the domain, and put the terminal back at the end."""
-    if not os.isatty(descriptor):
-        yield
-        return
+def raw_terminal(descriptor: int, escapes: EscapeFilter | None) -> Iterator[None]:
+    """Let every key through to the domain, and put the terminal back however this ends."""
     before = termios.tcgetattr(descriptor)
-    try:
-        tty.setraw(descriptor)
-        yield
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+
+    def put_back() -> None:
+        with contextlib.suppress(termios.error, OSError):  # the terminal itself may be gone
+            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+            if escapes is not None and os.isatty(1):
+                write_all(1, escapes.undo())
+
+    with tidy_end(put_back):
+        try:
+            tty.setraw(descriptor, termios.TCSADRAIN)  # what was typed ahead is for the domain
+            yield
+        finally:
+            put_back()
 
 
 def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
-    """Join our terminal to the program in the domain; returns its exit status."""
+    """Join our terminal (on stdin) to the program in the domain; returns its exit status."""
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGWINCH, lambda *_: None)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    with raw_terminal(0):
+    with raw_terminal(0, escapes):
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -115,8 +120,6 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
                         write_all(1, escapes.feed(shown) if escapes else shown)
                     else:
                         watched.remove(from_domain)
-        if escapes is not None and os.isatty(1):
-            write_all(1, escapes.undo())
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()  # a second time does nothing
         status = process.wait()

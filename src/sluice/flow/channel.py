@@ -74,6 +74,7 @@ class DataChannel(Engine):
         on_stderr: Callable[[memoryview], None] | None = None,
         on_open: Callable[[], None] | None = None,
         on_out_end: Callable[[], None] | None = None,
+        on_unwanted: Callable[[], None] | None = None,
         on_warning: Callable[[str], None] | None = None,
     ) -> None:
         """Take the descriptors; nothing happens before ``start``.
@@ -82,7 +83,8 @@ class DataChannel(Engine):
         "done" (the handshake was made elsewhere, with ``version``). handshake_timeout: seconds, 0
         means none. prefix: sent before anything of OUT. service_descriptor: written to IN before
         anything received. on_out_end: called when OUT has ended, before that is acted on: the last
-        moment for ``use_single_socket``.
+        moment for ``use_single_socket``. on_unwanted: called for payload that IN does not take any
+        more; without it, it is discarded in silence.
         """
         super().__init__(loop, read_fd, write_fd, caller=caller, on_warning=on_warning)
         self._on_done = on_done
@@ -90,6 +92,7 @@ class DataChannel(Engine):
         self._on_open = on_open
         self._on_stderr = on_stderr
         self._on_out_end = on_out_end
+        self._on_unwanted = on_unwanted
         self._filter_stdout = filter_stdout
         self._filter_stderr = filter_stderr
         self._exit_on_client_eof = exit_on_client_eof
@@ -207,6 +210,14 @@ class DataChannel(Engine):
         self._out = stdin
         stdin.on_read = self._out_readable
         self._settle()
+
+    def watch_peer(self, on_gone: Callable[[], None]) -> None:
+        """Call ``on_gone()`` once, when nobody receives any more what is sent.
+
+        Heard at once, also while something received waits for IN and the channel is not read.
+        """
+        self._writing.on_hangup = on_gone
+        self._writing.want_hangup(True)
 
     def close(self) -> None:
         """Abort at once: close every descriptor; no callback comes any more."""

@@ -70,6 +70,7 @@ class Engine:
         self._on_open: Callable[[], None] | None = None
         self._on_stderr: Callable[[memoryview], None] | None = None
         self._on_out_end: Callable[[], None] | None = None
+        self._on_unwanted: Callable[[], None] | None = None
         self._filter_stdout = self._filter_stderr = False
         self._exit_on_client_eof = self._exit_on_service_eof = False
 
@@ -126,6 +127,7 @@ class Engine:
             state.in_open = True
             table = terminal_table() if self._filter_stdout and self._caller else None
             receiver.inlet = Inlet(self._in, self._in_closed, table=table)
+            receiver.inlet.on_unwanted = self._on_unwanted
         if out_fd >= 0:
             shared = self._in if in_fd == out_fd else None
             self._out = shared or Endpoint(self._loop, out_fd)

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 class Inlet:
     """Writes to ``end`` and tells ``on_closed()``, once, when that is over for any reason."""
 
-    __slots__ = ("_eof", "_held", "_on_closed", "_table", "end", "error", "full", "open")
+    __slots__ = (
+        "_eof",
+        "_held",
+        "_on_closed",
+        "_table",
+        "end",
+        "error",
+        "full",
+        "on_unwanted",
+        "open",
+    )
 
     def __init__(
         self, end: Endpoint, on_closed: Callable[[], None], *, table: bytes | None = None
@@ -33,6 +43,8 @@ class Inlet:
         self.full = False
         # Why writing failed, unless its reader just went away.
         self.error = ""
+        # Called for each write that nobody takes, for a program that is to end by it.
+        self.on_unwanted: Callable[[], None] | None = None
         self._on_closed = on_closed
         self._table = table
         self._held: bytes | memoryview = b""
@@ -54,6 +66,7 @@ class Inlet:
         What is held stays a view of the caller's buffer, which must not change before.
         """
         if not self.open:
+            self._unwanted()
             return
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         if self._table is not None:
@@ -80,10 +93,15 @@ class Inlet:
                 if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                     self.error = os.strerror(error.errno or 0)
                 self.close()
+                self._unwanted()
                 return
             self._held = self._held[count:]
         if self._eof:
             self.close()
+
+    def _unwanted(self) -> None:
+        if self.on_unwanted is not None:
+            self.on_unwanted()
 
     def may_splice(self, source: Endpoint) -> bool:
         """Tell whether the kernel can move bytes from ``source`` into it."""

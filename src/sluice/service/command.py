@@ -16,6 +16,8 @@ from sluice.wire.messages import EXIT_FAILURE, NAME_MAX, c_string
 
 MARKER = b"QUBESRPC"
 NOGUI = b"nogui:"
+# In front of a shell command, which any shell takes for nothing (9.1.1).
+HANGUP = b": hangup; "
 MAX_DESCRIPTOR = 65000
 
 
@@ -35,6 +37,7 @@ class Command:
         "argument",
         "call_text",
         "descriptor",
+        "hangup",
         "is_service",
         "lookup",
         "nogui",
@@ -48,7 +51,8 @@ class Command:
     def __init__(self, user: bytes, text: bytes, nogui: bool) -> None:
         """Begin with the user part, the text behind it, and whether that began with ``nogui:``.
 
-        ``shell`` is the command for a shell, empty for a service call. For a service call
+        ``shell`` is the command for a shell, empty for a service call, and ``hangup`` whether it
+        is to end when nobody waits for it any more (9.1.1). For a service call
         ``call_text`` is all that follows ``QUBESRPC ``, ``descriptor`` its first word as received,
         ``lookup`` the descriptor with a ``+`` in any case, ``argument`` None where there is no
         ``+``.
@@ -58,6 +62,7 @@ class Command:
         self.nogui = nogui
         self.is_service = False
         self.shell = b""
+        self.hangup = False
         self.call_text = b""
         self.descriptor = b""
         self.lookup = b""
@@ -89,7 +94,8 @@ def parse_command(text: bytes, *, with_user: bool) -> Command:
     command = Command(user, rest, nogui)
     body = rest[len(NOGUI) :] if nogui else rest
     if not body.startswith(MARKER):
-        command.shell = body
+        command.hangup = body.startswith(HANGUP)
+        command.shell = body[len(HANGUP) :] if command.hangup else body
         return command
     if body[len(MARKER) : len(MARKER) + 1] != b" ":
         raise ServiceError("QUBESRPC is not followed by a space")
