@@ -32,6 +32,7 @@ def verdict(path: Path, identity: Identity | None = None) -> tuple[int, str]:
         (b"#!/bin/sh", 0, ""),
         (b"#!/no/such\n", 127, "its interpreter /no/such is missing"),
         (b"#!/no/such -x\n", 127, "its interpreter /no/such is missing"),
+        (b"#!/bin/sh\r\nexit\r\n", 127, "its interpreter /bin/sh\\x0d is missing"),
         (b"#!\n", 125, "names no interpreter"),
         (b"#! \n", 125, "names no interpreter"),
         (b"#!/etc/passwd\n", 125, "its interpreter /etc/passwd is not executable"),

@@ -56,7 +56,7 @@ def check_program(path: bytes, identity: Identity | None = None) -> None:
         return
     if not head.startswith(b"#!"):
         raise ServiceError(f"{shown}: begins neither with #! nor as a program")
-    _check_interpreter(shown, head[2:].split(b"\n")[0].split())
+    _check_interpreter(shown, head[2:].split(b"\n")[0].replace(b"\t", b" ").strip(b" "))
 
 
 def _head(path: bytes) -> bytes | None:
@@ -73,13 +73,14 @@ def _head(path: bytes) -> bytes | None:
         os.close(descriptor)
 
 
-def _check_interpreter(shown: str, words: list[bytes]) -> None:
-    """Check the first line of a script."""
-    if not words:
+def _check_interpreter(shown: str, line: bytes) -> None:
+    """Check the first line of a script. Nothing but a blank ends the name: no carriage return."""
+    interpreter = line.split(b" ")[0]
+    if not interpreter:
         raise ServiceError(f"{shown}: names no interpreter")
-    name = f"its interpreter {escape(words[0])}"
+    name = f"its interpreter {escape(interpreter)}"
     try:
-        mode = os.stat(words[0]).st_mode
+        mode = os.stat(interpreter).st_mode
     except FileNotFoundError as error:
         raise ServiceError(f"{shown}: {name} is missing", EXIT_NOT_FOUND) from error
     except OSError as error:
