@@ -268,6 +268,47 @@ while result < 400 and libc.inotify_init() >= 0: result += 1
         others_go_on(inside)
 
 
+@pytest.mark.soak  # they take a gigabyte of the kernel's memory on a large machine
+@pytest.mark.spec("CORE-177")
+def test_watches_of_epoll(inside: Machine) -> None:
+    """Takes all epoll watches that the kernel has for the user id: with one id those of everybody,
+    and calls, starts and the command line do without. Where groups count memory, the domain ends."""
+    if int(Path("/proc/sys/fs/epoll/max_user_watches").read_text()) > 60 * 480 * 500:
+        pytest.skip("there are more watches here than one test can take")
+    code = """
+import errno, os, select, time
+r, w = os.pipe()
+for _ in range(60):
+    if os.fork() == 0:
+        os.close(r); os.close(0); os.close(1)
+        fds = [os.dup(w) for _ in range(480)]
+        polls, said = [], b'.'
+        try:
+            while len(polls) < 500:
+                polls.append(select.epoll())
+                for fd in fds: polls[-1].register(fd, 0)
+        except OSError as error:
+            said = b'!' if error.errno == errno.ENOSPC else b'?'
+        os.write(w, said)
+        time.sleep(60)
+        os._exit(0)
+said = b''
+while len(said) < 60: said += os.read(r, 60)
+result = said.decode()
+"""
+    with Holding(inside, code) as said:
+        assert "?" not in said
+        assert "!" in said or state(inside, "hostile") != "Running"
+        others_go_on(inside)
+        ask(inside, "start", name="hog")
+        assert inside.shell("echo alive", "hog").stdout == b"alive\n"
+        ask(inside, "kill", name="hog")
+        others_go_on(inside)
+        if state(inside, "hostile") == "Running":
+            ask(inside, "kill", name="hostile")
+    ask(inside, "start", name="hostile")
+
+
 @pytest.mark.spec("CORE-180")
 def test_a_flood_on_stderr(inside: Machine) -> None:
     """Writes 20 MB to the stderr of a service; the log stays small and the others go on."""

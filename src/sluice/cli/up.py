@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import fcntl
@@ -18,6 +17,7 @@ import click
 from sluice.cli.common import chosen_root, places, root_option, tell_errors
 from sluice.domains.paths import LOCK, Paths
 from sluice.errors import LocalError
+from sluice.flow.selector import run
 from sluice.runtime import launcher
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def command(file: str | None, detach: bool, root: str | None) -> None:
     if detach:
         _detach(paths, file, chosen_root(root))
     else:
-        sys.exit(asyncio.run(serve(paths, system_file)))
+        sys.exit(run(serve(paths, system_file)))
 
 
 async def serve(paths: Paths, system_file: Path) -> int:

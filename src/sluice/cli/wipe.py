@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import click
 
 from sluice.cli.common import places, root_option, tell_errors
@@ -11,6 +9,7 @@ from sluice.cli.up import only_one
 from sluice.domains.paths import Paths
 from sluice.domains.store import Store
 from sluice.errors import LocalError
+from sluice.flow.selector import run
 
 
 @click.command()
@@ -41,7 +40,7 @@ def command(names: tuple[str, ...], everything: bool, yes: bool, root: str | Non
         chosen = sorted(names or known)
         if chosen and not yes:
             click.confirm(f"Delete all files of {', '.join(chosen)}?", abort=True)
-        asyncio.run(_wipe(paths, chosen, store))
+        run(_wipe(paths, chosen, store))
 
 
 async def _wipe(paths: Paths, names: list[str], store: Store) -> None:

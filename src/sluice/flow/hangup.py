@@ -8,6 +8,7 @@ the loop as a reader.
 
 from __future__ import annotations
 
+import errno
 import select
 
 TYPE_CHECKING = False
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
 
     from sluice.flow.reactor import Loop
+
+
+LOOK = 0.1  # seconds
 
 
 class Nested:
@@ -25,14 +29,23 @@ class Nested:
         self._loop = loop
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
+        self._looked_at: set[int] = set()
 
     def add_hangup(self, fd: int, callback: Callable[[], None]) -> None:
         """Call ``callback()`` once when the other side of ``fd`` is gone (EPOLLHUP, EPOLLERR).
 
         Raises PermissionError for descriptors that cannot be waited for.
         """
-        self._epoll.register(fd, 0)
         loop = self._loop()
+        try:
+            self._epoll.register(fd, 0)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or loop is None:
+                raise
+            # The user's epoll watches are used up: look now and then, as long as any is like that.
+            if not self._looked_at:
+                loop.call_later(LOOK, self._look)
+            self._looked_at.add(fd)
         if not self._callbacks and loop is not None:
             loop.add_reader(self._epoll.fileno(), self._fire)
         self._callbacks[fd] = callback
@@ -41,6 +54,7 @@ class Nested:
         """Undo add_hangup, if it has not fired yet."""
         if self._callbacks.pop(fd, None) is None:
             return
+        self._looked_at.discard(fd)
         try:  # noqa: SIM105
             self._epoll.unregister(fd)
         except OSError:
@@ -49,6 +63,23 @@ class Nested:
         if not self._callbacks and loop is not None:
             # Nothing is left registered with the loop of a process that has no call.
             loop.remove_reader(self._epoll.fileno())
+
+    def _look(self) -> None:
+        """Do for those that epoll did not take what ``_fire`` does for the others."""
+        while (fd := self._gone()) >= 0:
+            callback = self._callbacks[fd]
+            self.remove_hangup(fd)
+            callback()
+        loop = self._loop()
+        if self._looked_at and loop is not None:
+            loop.call_later(LOOK, self._look)
+
+    def _gone(self) -> int:
+        """Return one of them whose other side is gone, -1 where none is."""
+        poll = select.poll()
+        for fd in self._looked_at:
+            poll.register(fd, 0)
+        return next((fd for fd, mask in poll.poll(0) if not mask & select.POLLNVAL), -1)
 
     def _fire(self) -> None:
         # One at a time: a callback may close another descriptor whose number is given out again.

@@ -103,12 +103,42 @@ class Timer:
         return self.due < other.due
 
 
+class _Poll:
+    """poll in the place of epoll, for when the kernel gives our user id no more watches (ENOSPC).
+
+    It forgets a closed descriptor when it meets it, where epoll has done so by itself.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self.register = self._poll.register
+        self.modify = self._poll.modify
+
+    def unregister(self, fd: int) -> None:
+        """Forget ``fd``; nothing happens where it is not known."""
+        try:  # noqa: SIM105
+            self._poll.unregister(fd)
+        except KeyError:
+            pass
+
+    def poll(self, timeout: float, _most: int) -> list[tuple[int, int]]:
+        """Wait at most ``timeout`` seconds (below 0: no limit) and return what happened."""
+        found = self._poll.poll(None if timeout < 0 else timeout * 1000)
+        for fd, mask in found:
+            if mask & select.POLLNVAL:
+                self.unregister(fd)
+        return [(fd, mask) for fd, mask in found if not mask & select.POLLNVAL]
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class Reactor:
     """An epoll loop for one thread. Callbacks must not raise: what they raise ends ``run``."""
 
     def __init__(self) -> None:
         """Make the epoll descriptor (close-on-exec)."""
-        self._epoll = select.epoll()
+        self._epoll: select.epoll | _Poll = select.epoll()
         self._watches: dict[int, _Watch] = {}
         self._timers: list[Timer] = []
         self._soon: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
@@ -194,9 +224,20 @@ class Reactor:
                 self._epoll.register(fd, watch.mask())
             elif not known and error.errno == errno.EEXIST:
                 self._epoll.modify(fd, watch.mask())
+            elif error.errno == errno.ENOSPC:
+                # A domain with our user id can take all the watches there are (see _Poll).
+                self._go_over()
+                self._epoll.register(fd, watch.mask())
             else:
                 raise
         self._watches[fd] = watch
+
+    def _go_over(self) -> None:
+        """Use poll from now on."""
+        self._epoll.close()
+        self._epoll = _Poll()
+        for fd, watch in self._watches.items():
+            self._epoll.register(fd, watch.mask())
 
     # --- time ----------------------------------------------------------------------------------
 
