@@ -198,6 +198,32 @@ def test_top_once_shows_calls_of_the_program_form(qube: Vm) -> None:
 def test_top_in_a_terminal_ends_the_chosen_call(qube: Vm) -> None:
     first = qube.start("pass+vault+mirror+first", source="personal")
     eventually(qube.pids)
+    process, master = _top(qube, "xterm")
+    screen = _until(master, b"mirror+first")
+    assert b"k: end the marked call" in screen or b"k: end" in _until(master, b"k: end")
+    os.write(master, b"k")
+    assert first.wait(20) == 125
+    _until(master, b"ended: personal")
+    os.write(master, b"q")
+    assert process.wait(20) == 0
+    os.close(master)
+    assert qube.records()[0]["cause"] == "killed"
+
+
+@pytest.mark.spec("PROXY-056")
+def test_top_in_a_terminal_that_can_only_print_shows_the_calls_once(qube: Vm) -> None:
+    first = qube.start("pass+vault+mirror+first", source="personal")
+    eventually(qube.pids)
+    process, master = _top(qube, "dumb")
+    screen = _until(master, b"mirror+first")
+    assert process.wait(20) == 0 and b"\x1b" not in screen
+    os.close(master)
+    first.stdin.close()
+    first.wait(20)
+
+
+def _top(qube: Vm, kind: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Start ``sluice proxy top`` in a terminal of 80 columns; return it and the other end."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = subprocess.Popen(
@@ -205,19 +231,11 @@ def test_top_in_a_terminal_ends_the_chosen_call(qube: Vm) -> None:
         stdin=slave,
         stdout=slave,
         stderr=slave,
-        env={**os.environ, **qube.environment(), "TERM": "xterm", "XDG_RUNTIME_DIR": "/none"},
+        env={**os.environ, **qube.environment(), "TERM": kind, "XDG_RUNTIME_DIR": "/none"},
         start_new_session=True,
     )
     os.close(slave)
-    screen = _until(master, b"mirror+first")
-    assert b"k: end the marked call" in screen or b"k: end" in _until(master, b"k: end")
-    os.write(master, b"k")
-    assert first.wait(5) == 125
-    _until(master, b"ended: personal")
-    os.write(master, b"q")
-    assert process.wait(5) == 0
-    os.close(master)
-    assert qube.records()[0]["cause"] == "killed"
+    return process, master
 
 
 def _until(master: int, part: bytes, timeout: float = 10) -> bytes:

@@ -157,7 +157,9 @@ def top(once: bool, interval: float) -> None:
 
     console = Console()
     rates = Rates()
-    if once or not sys.stdin.isatty() or not console.is_terminal:
+    # A terminal that can only print has no place to draw on.
+    drawable = sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal
+    if once or not drawable:
         console.print(table_of(calls_under_way(), rates, None))
         return
     _Top(console, rates, max(interval, 0.1)).run()
