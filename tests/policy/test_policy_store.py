@@ -406,6 +406,47 @@ def test_all_errors_are_reported() -> None:
     assert len(loaded.rules) == 1
 
 
+@pytest.mark.spec("POL-004", "POL-005", "POL-066")
+def test_bad_names_hide_no_other_error() -> None:
+    """Each bad name is reported, and what stands in the files beside it."""
+    files = {
+        "/p/A.policy": "",
+        "/p/a.policy": "bad\n!include-dir sub\n",
+        "/p/b+c.policy": "",
+        "/p/sub/X.policy": "",
+        "/p/sub/Y.policy": "",
+        "/p/sub/z.policy": "worse\n",
+    }
+    errors: list[PolicyError] = []
+    Loader(MemoryFiles(files), ["/p"], report=errors.append).load()
+    assert [(error.file, error.line) for error in errors] == [
+        ("/p/A.policy", None), ("/p/b+c.policy", None), ("/p/a.policy", 1),
+        ("/p/sub/X.policy", None), ("/p/sub/Y.policy", None), ("/p/sub/z.policy", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.spec("POL-015")
+def test_undecodable_bytes_are_marked_and_hide_no_other_error() -> None:
+    """Line and column of the first bad byte of each line; the other lines are read on."""
+    content = "t.S * a ü b".encode() + b"\xff\xfe x\r\n!bogus\rt.S * a b deny\n\xc3\nbad\n"
+    errors: list[PolicyError] = []
+    loader = Loader(MemoryFiles({"/p/a.policy": content}), ["/p"], report=errors.append)
+    assert [rule.line for rule in loader.load().rules] == [3]
+    assert [(error.line, error.message) for error in errors] == [
+        (1, "not valid UTF-8: byte 0xff"),
+        (4, "not valid UTF-8: byte 0xc3"),
+        (2, "invalid directive"),
+        (5, "wrong number of fields"),
+    ]
+    assert isinstance(errors[0], PolicyLoadError)
+    assert (errors[0].column, errors[0].width) == (12, 1)
+    line, mark = errors[0].marked().splitlines()
+    assert (line.startswith("t.S * a"), mark.index("^")) == (True, line.index(" b") + 2)
+    with pytest.raises(PolicyLoadError, match="0xff") as caught:
+        from_files({"/p/a.policy": content}, ("/p",))
+    assert (caught.value.line, caught.value.column) == (1, 12)
+
+
 def test_overlay() -> None:
     """A change can be loaded before it is made."""
     below = MemoryFiles({"/p/a.policy": "t.S * a b deny", "/p/b.policy": "!include i", "/p/i": ""})

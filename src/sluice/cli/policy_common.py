@@ -15,7 +15,7 @@ from sluice.errors import LocalError, PolicyError
 from sluice.policy.evaluation import Policy
 from sluice.policy.files import DiskFiles
 from sluice.policy.loader import DIRECTORIES, LEGACY_DIRECTORY, Loader
-from sluice.policy.problems import PolicySyntaxError
+from sluice.policy.problems import PolicyProblem
 from sluice.policy.system_info import GET_SYSTEM_INFO, SystemInfo
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _default_place(root: str | None) -> tuple[tuple[str, ...], str]:
 def show_error(error: PolicyError) -> None:
     """Print an error with the line and the mark below it, on standard error."""
     click.echo(f"sluice: {error}", err=True)
-    if isinstance(error, PolicySyntaxError) and error.text:
+    if isinstance(error, PolicyProblem) and error.text:
         click.echo("\n".join(f"    {line}" for line in error.marked().splitlines()), err=True)
 
 

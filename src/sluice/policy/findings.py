@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from sluice.errors import PolicyError
-from sluice.policy.problems import PolicySyntaxError
+from sluice.policy.problems import PolicyProblem, PolicySyntaxError
 from sluice.policy.rules import Rule
 
 
@@ -51,17 +51,10 @@ class Finding(NamedTuple):
 
 def from_error(error: PolicyError) -> Finding:
     """Turn an error of loading into a finding."""
-    if isinstance(error, PolicySyntaxError):
-        return Finding(
-            Severity.ERROR,
-            "syntax",
-            error.message,
-            error.file or "<unknown>",
-            error.line,
-            error.column,
-            error.marked(),
-        )
-    return Finding(Severity.ERROR, "load", error.message, error.file or "<unknown>", error.line)
+    code = "syntax" if isinstance(error, PolicySyntaxError) else "load"
+    place = (error.file or "<unknown>", error.line)
+    marked = (error.column, error.marked()) if isinstance(error, PolicyProblem) else ()
+    return Finding(Severity.ERROR, code, error.message, *place, *marked)
 
 
 def at(rule: Rule, code: str, message: str, *related: Rule) -> Finding:

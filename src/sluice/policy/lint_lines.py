@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 
-from sluice.errors import PolicyError
 from sluice.policy.findings import Finding, Severity, from_error
-from sluice.policy.loader import parse_file
+from sluice.policy.loader import parse_whole
 from sluice.policy.parser import Directive, Kind
-from sluice.policy.problems import PolicySyntaxError
+from sluice.policy.problems import PolicyProblem
 from sluice.policy.rules import OPT_IN, Rule
 
 # A plain name, or include/NAME.
@@ -21,13 +20,10 @@ def lint_text(content: bytes, file: str, *, service_format: bool = False) -> lis
 
     ``service_format``: the file is one that ``!include-service`` names (section 8.1).
     """
-    try:
-        parsed = parse_file(file, content, _FIXED if service_format else None)
-    except PolicyError as error:
-        return [from_error(error)]
+    parsed = parse_whole(file, content, _FIXED if service_format else None)
     found = []
     for item in parsed.items:
-        if isinstance(item, PolicySyntaxError):
+        if isinstance(item, PolicyProblem):
             found.append(from_error(item))
         elif isinstance(item, Directive):
             found += _directive(item)
@@ -44,9 +40,7 @@ def lint_text(content: bytes, file: str, *, service_format: bool = False) -> lis
 def _extended(item: object) -> bool:
     if isinstance(item, Directive):
         return item.kind in (Kind.INCLUDE, Kind.INCLUDE_DIR, Kind.INCLUDE_SERVICE)
-    return isinstance(item, PolicySyntaxError) or (
-        isinstance(item, Rule) and item.uses_extensions()
-    )
+    return isinstance(item, PolicyProblem) or (isinstance(item, Rule) and item.uses_extensions())
 
 
 def _directive(directive: Directive) -> list[Finding]:

@@ -9,12 +9,13 @@ engine must, or hands every fault to ``report`` and goes on, as the tools want.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from sluice.errors import PolicyError
 from sluice.policy.parser import Directive, Item, Kind, Parsed, parse_policy, parse_service
-from sluice.policy.problems import PolicyLoadError, PolicySyntaxError
+from sluice.policy.problems import PolicyLoadError, PolicyProblem
 from sluice.policy.rules import Action, Rule, Verb
 from sluice.policy.tokens import ADMINVM, ANYVM, WILDCARD, Token
 from sluice.wire.names import escape
@@ -30,6 +31,11 @@ MAX_RULES = 1_000_000
 _FILE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_.-")
 _LEGACY_NAME = _FILE_NAME | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ+")
 _LEGACY_IGNORED = (".rpmsave", ".rpmnew", ".swp")
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+
+
+def _raise(error: PolicyError) -> None:
+    raise error
 
 
 class Files(Protocol):
@@ -58,11 +64,16 @@ class Loaded(NamedTuple):
     warnings: list[str]
 
 
-def select(names: Sequence[str], directory: str, files: Files) -> list[str]:
+def select(
+    names: Sequence[str],
+    directory: str,
+    files: Files,
+    fault: Callable[[PolicyError], None] = _raise,
+) -> list[str]:
     """Return the names of a directory that count as policies, sorted (section 3.2).
 
-    Raises PolicyLoadError for a name with the suffix but an illegal character: better no policy
-    than one without the file that somebody meant to be in it.
+    A name with the suffix but an illegal character is a PolicyLoadError: better no policy than one
+    without the file that somebody meant to be in it. Where ``fault`` returns, it is left out.
     """
     chosen = []
     for name in sorted(names):
@@ -73,7 +84,8 @@ def select(names: Sequence[str], directory: str, files: Files) -> list[str]:
             continue
         if not _FILE_NAME.issuperset(name):
             shown = escape(path)
-            raise PolicyLoadError(f"invalid filename: {shown}", file=shown)
+            fault(PolicyLoadError(f"invalid filename: {shown}", file=shown))
+            continue
         chosen.append(name)
     return chosen
 
@@ -92,13 +104,13 @@ class Loader:
     ) -> None:
         """Take where to read. With ``report`` faults are handed to it and reading goes on.
 
-        ``parse`` may replace ``parse_file``, to keep what was parsed before.
+        ``parse`` may replace ``parse_file``, to keep what was parsed before; without a report.
         """
         self._files = files
         self._directories = list(directories)
         self._legacy = legacy_directory
         self._report = report
-        self._parse = parse or parse_file
+        self._parse = parse or (parse_file if report is None else parse_whole)
         self._rules: list[Rule] = []
         self._warnings: list[str] = []
         self._chain: list[str] = []  # resolved paths of the files being read
@@ -109,14 +121,11 @@ class Loader:
         taken: dict[str, str] = {}
         for directory in self._directories:
             try:
-                names = select(self._files.entries(directory), directory, self._files)
-            except PolicyError as error:
-                self._fault(error)
-                continue
+                names = self._files.entries(directory)
             except OSError as error:
                 self._fault(_unreadable(directory, error))
                 continue
-            for name in names:
+            for name in select(names, directory, self._files, self._fault):
                 taken.setdefault(name, directory)
         for name in sorted(taken):
             path = f"{taken[name]}/{name}"
@@ -163,11 +172,7 @@ class Loader:
         fixed: tuple[str, str] | None,
         cause: Directive | None,
     ) -> None:
-        try:
-            parsed = self._parse(path, content, fixed)
-        except PolicyError as error:
-            self._fault(error)
-            return
+        parsed = self._parse(path, content, fixed)
         if cause is not None and parsed.extensions and not opted_in:
             message = f"the included file uses extensions, this one does not: {path}"
             self._fault(cause.error(message))
@@ -187,7 +192,7 @@ class Loader:
     ) -> None:
         if isinstance(item, Rule):
             self._rules.append(item)
-        elif isinstance(item, PolicySyntaxError):
+        elif isinstance(item, PolicyProblem):
             self._fault(item)
         elif len(self._chain) > MAX_DEPTH:
             self._fault(item.error(f"includes are nested more than {MAX_DEPTH} deep"))
@@ -223,14 +228,11 @@ class Loader:
             self._fault(directive.error(f"not a directory: {path}"))
             return
         try:
-            names = select(self._files.entries(path), path, self._files)
-        except PolicyError as error:
-            self._fault(error)
-            return
+            names = self._files.entries(path)
         except OSError as error:
             self._fault(_unreadable(path, error))
             return
-        for name in names:
+        for name in select(names, path, self._files, self._fault):
             inner = f"{path}/{name}"
             resolved = self._files.resolve(inner)
             if resolved in self._chain:
@@ -286,15 +288,44 @@ def implied_denials(service: str, argument: str, path: str) -> list[Rule]:
 def parse_file(path: str, content: bytes, fixed: tuple[str, str] | None) -> Parsed:
     """Decode and parse the content of a file; ``fixed`` is the call of a service-format file.
 
-    Raises PolicyLoadError for bytes that are not UTF-8 (Q-2), naming the first bad one.
+    Raises PolicyLoadError for bytes that are not UTF-8 (Q-2), marking the first bad one.
     """
     try:
         text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        message = f"not valid UTF-8: byte 0x{content[error.start]:02x}"
-        raise PolicyLoadError(message, file=path, line=line) from None
+    except UnicodeDecodeError:
+        raise next(_undecodable(path, content)) from None
     return parse_policy(text, path) if fixed is None else parse_service(text, path, *fixed)
+
+
+def parse_whole(path: str, content: bytes, fixed: tuple[str, str] | None) -> Parsed:
+    """Do what ``parse_file`` does, but with an item for each line that cannot be decoded.
+
+    They come before all others, as the engine sees them first.
+    """
+    try:
+        return parse_file(path, content, fixed)
+    except PolicyLoadError:
+        bad = list(_undecodable(path, content))
+    parsed = parse_file(path, content.decode("utf-8", "replace").encode(), fixed)
+    lines = {error.line for error in bad}
+    good = [item for item in parsed.items if item.line not in lines]
+    return Parsed([*bad, *good], parsed.extensions, plain=False)
+
+
+def _undecodable(path: str, content: bytes) -> Iterator[PolicyLoadError]:
+    # Line ends are never part of a longer character, so each line can be looked at by itself.
+    for number, line in enumerate(_LINE_END.split(content), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield PolicyLoadError(
+                f"not valid UTF-8: byte 0x{line[error.start]:02x}",
+                file=path,
+                line=number,
+                column=len(line[: error.start].decode("utf-8")) + 1,
+                width=1,
+                text=line.decode("utf-8", "replace"),
+            )
 
 
 def _unreadable(path: str, error: OSError) -> PolicyLoadError:

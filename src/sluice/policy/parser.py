@@ -21,7 +21,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from sluice.policy.options import Word, parse_action, quick_action
-from sluice.policy.problems import PolicySyntaxError
+from sluice.policy.problems import PolicyProblem, PolicySyntaxError
 from sluice.policy.rules import OPT_IN, Action, Rule, Verb
 from sluice.policy.tokens import DEFAULT, WILDCARD, Column, Token, TokenError, recognise
 
@@ -70,7 +70,7 @@ class Directive(NamedTuple):
         )
 
 
-Item = Rule | Directive | PolicySyntaxError
+Item = Rule | Directive | PolicyProblem
 
 
 class Parsed(NamedTuple):

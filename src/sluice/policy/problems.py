@@ -13,12 +13,8 @@ from sluice.wire.names import escape
 _WINDOW = 96  # characters of a long line that are shown around the mark
 
 
-class PolicyLoadError(PolicyError):
-    """A policy that cannot be read: a missing directory, an illegal file name, bad bytes."""
-
-
-class PolicySyntaxError(PolicyError):
-    """A policy that does not follow the grammar; ``str()`` is ``FILE:LINE: MESSAGE`` (3.4).
+class PolicyProblem(PolicyError):
+    """What is wrong with a policy and, where it is known, the words at fault.
 
     ``column`` counts characters from 1 and ``width`` says how many are at fault; both are 0 where
     the whole line is. ``text`` is the line as it stands in the file.
@@ -40,10 +36,6 @@ class PolicySyntaxError(PolicyError):
         self.width = width
         self.text = text
 
-    def __str__(self) -> str:
-        """Render as section 3.4 demands, also where file or line are not known."""
-        return f"{self.file or '<unknown>'}:{self.line or 0}: {self.message}"
-
     def marked(self) -> str:
         """Return the line and, below it, a mark under what is wrong; empty without a line.
 
@@ -63,6 +55,18 @@ class PolicySyntaxError(PolicyError):
         tail = "..." if start + _WINDOW < len(self.text) else ""
         mark = " " * (len(head) + before) + "^" * max(1, min(width, room))
         return f"{head}{shown}{tail}\n{mark}"
+
+
+class PolicyLoadError(PolicyProblem):
+    """A policy that cannot be read: a missing directory, an illegal file name, bad bytes."""
+
+
+class PolicySyntaxError(PolicyProblem):
+    """A policy that does not follow the grammar; ``str()`` is ``FILE:LINE: MESSAGE`` (3.4)."""
+
+    def __str__(self) -> str:
+        """Render as section 3.4 demands, also where file or line are not known."""
+        return f"{self.file or '<unknown>'}:{self.line or 0}: {self.message}"
 
 
 def _plain(text: str) -> str:
