@@ -249,9 +249,7 @@ class Slots:
             if slot >= limit:
                 raise ResourceError(f"no user ids are left: there are {limit} ranges of them")
             kept[slot] = (uuid, str(state))
-            file.seek(0)
-            file.truncate()
-            file.writelines(f"{number} {who} {where}\n" for number, (who, where) in kept.items())
+            _rewrite(file.fileno(), kept)
         return slot
 
     def release(self, uuid: str) -> None:
@@ -261,13 +259,19 @@ class Slots:
         with open(self._path, "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             entries = _parse(file.read())
-            file.seek(0)
-            file.truncate()
-            file.writelines(
-                f"{number} {who} {where}\n"
-                for number, (who, where) in entries.items()
-                if who != uuid
-            )
+            _rewrite(file.fileno(), {n: entry for n, entry in entries.items() if entry[0] != uuid})
+
+
+def _rewrite(descriptor: int, entries: dict[int, tuple[str, str]]) -> None:
+    """Replace what is in the file, so that it is whole whenever we are killed, and for readers.
+
+    In one write, over the old content: in a file that was emptied first the ids of all domains of
+    this machine would be lost, and given to others.
+    """
+    text = "".join(f"{number} {who} {where}\n" for number, (who, where) in entries.items())
+    data = os.fsencode(text)
+    os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size, b"\n"), 0)
+    os.ftruncate(descriptor, len(data))
 
 
 def _forgotten(state: str) -> bool:
