@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,11 +35,25 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, 
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=2000)
 
 
+def hear_signals() -> None:
+    """Have signals mean what they mean in the foreground, here and in all that tests start.
+
+    A shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP, and every
+    program under test would inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Open a way to the checkout for the users that root's tests run programs as.
 
     And choose how hypothesis searches: the same examples each time, but for the soak group.
     """
+    hear_signals()
     if os.geteuid() == 0:
         from tests.support import reach
 
@@ -49,4 +64,6 @@ def pytest_configure(config: pytest.Config) -> None:
                 f"{reach.closed(ROOT)}: others than root cannot enter it, and tests that run as "
                 f"others need the checkout ({error.strerror}); please put it elsewhere"
             ) from error
+    # The modes of what tests make are those that most people's files have.
+    os.umask(0o022)
     hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "steady")
