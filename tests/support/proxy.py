@@ -34,6 +34,12 @@ exec "$here/services/$name"
 """
 
 
+def chain_text(name: str, *filters: str, rules: str = "") -> str:
+    """Return a chain that any call may use, of filters as they stand in TOML."""
+    rules = rules or 'services = "any"\ntargets = "any"\n'
+    return f"\n[chains.{name}]\n{rules}\nfilters = [{', '.join(filters)}]\n"
+
+
 def start_piped(command: list[str], environment: dict[str, str], options: dict[str, Any]) -> Any:
     """Start a program with pipes and an environment, unless ``options`` of Popen say otherwise."""
     piped = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -78,16 +84,20 @@ class Vm:
 
     def configure(self, chains: str, proxy: str = "") -> None:
         """Write the configuration: the text of chains, and more settings."""
-        self.config.write_text(
+        self._replace(
             f'[proxy]\nclient = "{self.client}"\naudit = "{self.audit}"\n'
             f'log = "{self.logfile}"\nstate = "{self.directory}/state"\n{proxy}\n{chains}'
         )
 
     def chain(self, name: str, *filters: str, rules: str = "") -> None:
         """Add a chain that any call may use, of filters as they stand in TOML."""
-        rules = rules or 'services = "any"\ntargets = "any"\n'
-        with self.config.open("a") as stream:
-            stream.write(f"\n[chains.{name}]\n{rules}\nfilters = [{', '.join(filters)}]\n")
+        self._replace(self.config.read_text() + chain_text(name, *filters, rules=rules))
+
+    def _replace(self, text: str) -> None:
+        """Write the configuration at one stroke: a server that watches it sees no half of it."""
+        fresh = self.directory / "fresh"
+        fresh.write_text(text)
+        fresh.replace(self.config)
 
     def environment(self, source: str | None = "work", **more: str) -> dict[str, str]:
         """Return the environment that an agent gives to the program."""
@@ -108,7 +118,7 @@ class Vm:
         return start_piped([str(PROGRAM), name], self.environment(source), options)
 
     def call(
-        self, name: str, data: bytes = b"", source: str | None = "work", timeout: float = 20
+        self, name: str, data: bytes = b"", source: str | None = "work", timeout: float = 60
     ) -> subprocess.CompletedProcess[bytes]:
         """Make a call with ``data`` as its input and return what came of it."""
         process = self.start(name, source)
@@ -130,7 +140,9 @@ class Vm:
         """Return the audit records."""
         if not self.audit.exists():
             return []
-        return [json.loads(line) for line in self.audit.read_text().splitlines()]
+        # A line that is being written has no end yet.
+        lines = self.audit.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def log(self) -> str:
         """Return the log."""
@@ -159,7 +171,7 @@ def _command_line(pid: int) -> str:
         return ""
 
 
-def eventually(condition: Any, timeout: float = 5.0, what: str = "") -> Any:
+def eventually(condition: Any, timeout: float = 30.0, what: str = "") -> Any:
     """Wait until ``condition()`` is true, and return it; fail at the deadline."""
     deadline = time.monotonic() + timeout
     while True:

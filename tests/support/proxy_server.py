@@ -39,6 +39,7 @@ class Resident:
 
     def start(self, *, wait: bool = True, command: list[str] | None = None, **options: Any) -> None:
         """Start the server, and wait until it says that it serves."""
+        self.notices.clear()
         self.process = subprocess.Popen(
             command or self.command(),
             env=self.environment(None, NOTIFY_SOCKET=str(self.notify), **options.pop("more", {})),
@@ -53,7 +54,7 @@ class Resident:
         """Return the server's command line."""
         return [*COMMAND, "proxy", "serve", "--config", str(self.qube.config)]
 
-    def wait_for(self, text: str, timeout: float = 10) -> None:
+    def wait_for(self, text: str, timeout: float = 30) -> None:
         """Wait until the server has told systemd something."""
         deadline = time.monotonic() + timeout
         while not any(text in notice for notice in self.notices):
@@ -70,14 +71,14 @@ class Resident:
         """Tell the server to end and return its exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(15)
+        return self.process.wait(60)
 
     def launch(self, name: str, source: str | None = "work", **options: Any) -> Any:
         """Start a launcher for a call; pipes unless told otherwise."""
         return start_piped([str(LAUNCHER), name], self.environment(source), options)
 
     def call(
-        self, name: str, data: bytes = b"", source: str | None = "work", timeout: float = 20
+        self, name: str, data: bytes = b"", source: str | None = "work", timeout: float = 60
     ) -> subprocess.CompletedProcess[bytes]:
         """Make a call with ``data`` as its input and return what came of it."""
         process = self.launch(name, source)
@@ -88,7 +89,7 @@ class Resident:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Blocking, as the agent does it: where the queue is full that waits.
         sock.connect(f"{self.directory}/raw.sock")
-        sock.settimeout(10)
+        sock.settimeout(30)
         sock.sendall(text)
         return sock
 
