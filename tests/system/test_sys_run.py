@@ -40,6 +40,13 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
+def until_there(running: Running, seconds: str, count: int = 1) -> None:
+    end = time.monotonic() + DEADLINE
+    while len(sleepers(running, seconds)) < count:
+        assert time.monotonic() < end
+        select.select([], [], [], 0.02)
+
+
 def until_gone(running: Running, seconds: str) -> None:
     end = time.monotonic() + DEADLINE
     while left := sleepers(running, seconds):
@@ -52,7 +59,7 @@ def begin(running: Running, seconds: str, first: str = "") -> subprocess.Popen[b
     process = running.start("a", f"{first} sleep {seconds} & echo ready; sleep {seconds}")
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    assert sleepers(running, seconds)
+    until_there(running, seconds, 2)
     return process
 
 
@@ -87,10 +94,7 @@ def test_the_end_of_its_input_ends_nothing(running: Running) -> None:
 
 def test_what_made_a_session_of_its_own_stays(running: Running) -> None:
     process = begin(running, "920", "setsid sleep 921 </dev/null >/dev/null 2>&1 &")
-    end = time.monotonic() + DEADLINE
-    while not sleepers(running, "921"):  # it is what setsid executes when it has the session
-        assert time.monotonic() < end
-        select.select([], [], [], 0.02)
+    until_there(running, "921")  # which setsid executes when it has the session
     process.kill()
     process.wait(DEADLINE)
     until_gone(running, "920")
@@ -101,6 +105,7 @@ def test_output_that_nobody_takes_ends_it(running: Running) -> None:
     process = running.start("a", "sleep 930 & exec yes")
     assert process.stdout is not None
     assert process.stdout.readline() == b"y\n"
+    until_there(running, "930")
     process.stdout.close()
     assert process.wait(DEADLINE) == -signal.SIGPIPE
     until_gone(running, "930")
@@ -158,6 +163,7 @@ def test_on_a_terminal_too(running: Running, number: int) -> None:
     terminal = Terminal(running.system, "run", "a", "--", "sh", "-c", script)
     try:
         terminal.until(b"ready")
+        until_there(running, seconds)
         terminal.process.send_signal(number)
         assert terminal.process.wait(DEADLINE) == -number
         if number != signal.SIGKILL:
@@ -174,6 +180,7 @@ def test_a_shell_ends_with_its_terminal(running: Running, flood: str) -> None:
     try:
         os.write(terminal.master, f"{flood} echo rea''dy; sleep {seconds}\n".encode())
         terminal.until(b"ready")
+        until_there(running, seconds)
         terminal.process.kill()
         terminal.process.wait(DEADLINE)
         until_gone(running, seconds)
@@ -188,6 +195,7 @@ def test_a_terminated_shell_gives_the_terminal_back(running: Running) -> None:
     try:
         os.write(terminal.master, b"echo rea''dy; sleep 960\n")
         terminal.until(b"ready")
+        until_there(running, "960")
         assert not termios.tcgetattr(terminal.master)[3] & termios.ICANON
         terminal.process.terminate()
         assert terminal.process.wait(DEADLINE) == -signal.SIGTERM
