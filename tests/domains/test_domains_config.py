@@ -324,7 +324,9 @@ def test_generated_files_of_etc() -> None:
 def test_the_environment_is_made_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_OF_THE_SESSION", "x")
     made = etc.environment(DomainConfig("work", 1, UUID), as_root=False)
-    assert set(made) == {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG"}
+    always = {"PATH", "PYTHONPATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG"}
+    assert set(made) == always | {"XDG_RUNTIME_DIR"}
+    assert set(etc.environment(DomainConfig("work", 1, UUID), as_root=True)) == always
 
 
 def test_supplies(tmp_path: Path) -> None:

@@ -182,6 +182,14 @@ def _run_rc_local() -> None:
             sys.stderr.write(f"rc.local: {error.strerror}\n")
 
 
+def _make_session_directory(user: int) -> None:
+    """Make what XDG_RUNTIME_DIR names: a place for sockets of the user's own, gone at the end."""
+    path = f"/run/user/{user if user >= 0 else os.getuid()}"
+    os.mkdir(path, 0o700)
+    if user >= 0:
+        os.chown(path, user, user)
+
+
 def main() -> int:
     """Furnish the domain, then be its agent; returns the exit status."""
     os.umask(0o022)
@@ -196,6 +204,7 @@ def main() -> int:
     for directory, mode in DIRECTORIES:
         os.mkdir(directory)
         os.chmod(directory, mode)
+    _make_session_directory(user)
     if user >= 0 and not os.path.lexists("/rw/root"):
         os.mkdir("/rw/root", 0o700)
     if descriptor >= 0:

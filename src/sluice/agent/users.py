@@ -183,6 +183,11 @@ def login_environment(base: dict[bytes, bytes], account: Account) -> dict[bytes,
     final = dict(base)
     final.setdefault(b"PATH", DEFAULT_PATH)
     final.update(account.variables())
+    session = b"/run/user/%d" % account.uid
+    if os.path.isdir(session):
+        final[b"XDG_RUNTIME_DIR"] = session
+    else:
+        final.pop(b"XDG_RUNTIME_DIR", None)
     return final
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sluice.domains.model import DomainConfig
 from sluice.domains.sandbox.ids import NOBODY, USER_INSIDE
-from sluice.runtime import INSIDE_BIN
+from sluice.runtime import INSIDE, INSIDE_BIN
 
 # Shown read-only as they are in the template. qubes-rpc, qubes/rpc-config and profile.d are
 # directories that are put together entry by entry, see mounts.py.
@@ -73,8 +73,12 @@ def generated(domain: DomainConfig, *, has_root: bool) -> dict[str, str]:
 def environment(domain: DomainConfig, *, as_root: bool) -> dict[str, str]:
     """Return the environment that the agent starts with; nothing of ours is inherited."""
     user = "root" if as_root else domain.default_user
-    return {
+    # Where each call has a user of its own, the agent adds that user's (sluice.agent.users).
+    session = {} if as_root else {"XDG_RUNTIME_DIR": f"/run/user/{USER_INSIDE}"}
+    return session | {
         "PATH": DEFAULT_PATH,
+        # Programs of the domain may `import sluice`; nothing else lies there.
+        "PYTHONPATH": INSIDE,
         "HOME": home(user),
         "USER": user,
         "LOGNAME": user,

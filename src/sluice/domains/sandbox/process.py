@@ -198,9 +198,11 @@ class Process:
             return ":".join(str(root / name) for name in names)
 
         base = etc.environment(domain, as_root=False)
+        del base["XDG_RUNTIME_DIR"]  # nothing of the host's
         path = f"{directory / 'bin'}:{root / 'usr/local/bin'}:{runtime.bin_directory()}"
         return base | {
             "PATH": f"{path}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "PYTHONPATH": str(Path(runtime.package_directory()).parent),
             "HOME": str(root / "home/user"),  # whoever we are, as in every other kind
             "XDG_STATE_HOME": str(root / "home/user/.local/state"),
             "QREXEC_SERVICE_PATH": below(_SERVICES),
