@@ -215,6 +215,41 @@ def test_lint_lines() -> None:
     assert [f.code for f in lint_text(b"#!sluice 2\n", "f")] == ["opt-in"]
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("t.S work vault allow", "SERVICE ARGUMENT SOURCE TARGET ACTION"),
+        ("t.S+x * work vault allow", "SERVICE +ARGUMENT"),
+        ("t:S * work vault allow", "letters, digits"),
+        ("t.S +a/b work vault allow", "letters, digits"),
+        ("t.S x work vault allow", "+ARGUMENT, + alone for none"),
+        ("t.S * @default vault allow", "a source is a name"),
+        ("t.S * work @foo allow", "@dispvm:NAME"),
+        ("t.S * work vault allow target=@anyvm", "one domain"),
+        ("t.S * work vault allow target=", "one domain"),
+        ("t.S * work vault permit", "allow, ask or deny"),
+        ("t.S * work vault allow,user=x", "separated by spaces"),
+        ("t.S * work vault allow # why", "a line of its own"),
+        ("t.S * work vault allow notify", "KEY=VALUE"),
+        ("t.S * work vault deny user=x", "deny takes notify="),
+        ("t.S * work vault allow default_target=x", "allow takes target="),
+        ("t.S * work vault allow via=p+c", "#!sluice 1"),
+        ("t.S * work vault deny via=p+c", "deny takes notify="),
+        ("t.S * work vault deny reason=x", "#!sluice 1"),
+        ("t.S * work @default allow", "names no target"),
+        ("!bogus", "!include-service"),
+        ("!include a b", "!include PATH"),
+        ("t.S * work @tag: deny", ""),
+    ],
+)
+def test_hints(line: str, advice: str) -> None:
+    """What an error says is followed by what to write instead."""
+    finding = lint_text(line.encode(), "f")[0]
+    assert finding.severity is Severity.ERROR
+    assert advice in finding.hint
+    assert bool(finding.hint) == bool(advice)
+
+
 TABLE = """
 # a comment
 !policy policies

@@ -173,10 +173,14 @@ def _default_place(root: str | None) -> tuple[tuple[str, ...], str]:
 
 
 def show_error(error: PolicyError) -> None:
-    """Print an error with the line and the mark below it, on standard error."""
+    """Print an error with the line, the mark below it and advice, on standard error."""
+    from sluice.policy.hints import hint
+
+    marked = error.marked() if isinstance(error, PolicyProblem) else ""
     click.echo(f"sluice: {error}", err=True)
-    if isinstance(error, PolicyProblem) and error.text:
-        click.echo("\n".join(f"    {line}" for line in error.marked().splitlines()), err=True)
+    for line in (*marked.splitlines(), hint(error)):
+        if line:
+            click.echo(f"    {line}", err=True)
 
 
 def tell_policy_errors(command: Command) -> Command:

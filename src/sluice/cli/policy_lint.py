@@ -56,6 +56,8 @@ def command(
             click.echo(str(finding))
             for line in finding.marked.splitlines():
                 click.echo(f"    {line}")
+            if finding.hint:
+                click.echo(f"    {finding.hint}")
     bad = [f for f in findings if strict or f.severity is Severity.ERROR]
     sys.exit(1 if bad else 0)
 

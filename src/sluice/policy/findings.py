@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from sluice.errors import PolicyError
+from sluice.policy.hints import hint
 from sluice.policy.problems import PolicyProblem, PolicySyntaxError
 from sluice.policy.rules import Rule
 
@@ -30,6 +31,8 @@ class Finding(NamedTuple):
     """The line and a mark below it; empty where there is none."""
     related: tuple[str, ...] = ()
     """``FILE:LINE`` of other rules that have to do with it."""
+    hint: str = ""
+    """What to write instead, for people."""
 
     def __str__(self) -> str:
         """Return ``FILE:LINE: error: MESSAGE`` (section 21.2); warnings also name their code."""
@@ -46,6 +49,7 @@ class Finding(NamedTuple):
             "line": self.line,
             "column": self.column or None,
             "related": list(self.related),
+            "hint": self.hint or None,
         }
 
 
@@ -53,8 +57,8 @@ def from_error(error: PolicyError) -> Finding:
     """Turn an error of loading into a finding."""
     code = "syntax" if isinstance(error, PolicySyntaxError) else "load"
     place = (error.file or "<unknown>", error.line)
-    marked = (error.column, error.marked()) if isinstance(error, PolicyProblem) else ()
-    return Finding(Severity.ERROR, code, error.message, *place, *marked)
+    marked = (error.column, error.marked()) if isinstance(error, PolicyProblem) else (0, "")
+    return Finding(Severity.ERROR, code, error.message, *place, *marked, hint=hint(error))
 
 
 def at(rule: Rule, code: str, message: str, *related: Rule) -> Finding:
