@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from sluice.domains.model import CLASSES, DOM0, HOST_TEMPLATE, LABELS, DomainCon
 from sluice.domains.registry import Registry
 from sluice.domains.sandbox.process import own_user
 from sluice.domains.store import Store
+from sluice.domains.toml_file import read
 from sluice.errors import ConfigError
 from sluice.wire.names import is_valid_domain_name
 
@@ -297,16 +297,7 @@ def _check_references(
 def load(path: Path | str) -> SystemFile:
     """Read and check a system file. Raises ConfigError with the place of what is wrong."""
     path = Path(os.path.abspath(path))
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=str(path)) from error
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"at line (\d+)", str(error))
-        line = int(found.group(1)) if found else None
-        raise ConfigError(str(error), file=str(path), line=line) from error
+    text, data = read(path)
     reader = _Reader(path, text)
     for name in data:
         if name not in ("system", "domains"):
