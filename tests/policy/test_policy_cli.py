@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.support.policy import FIXTURE
 
+from sluice.cli.init import lay
 from sluice.cli.main import main
 from sluice.cli.policy_qubes_lint import main as qubes_lint
+from sluice.domains.paths import Paths
 from sluice.policy import shipped
 from sluice.runtime import launcher
 
@@ -145,6 +147,43 @@ def test_lint_services(place: Path) -> None:
     result = run(place, "lint", "--services", str(place / "rpc"))
     assert "no service t.T is known" in result.output
     assert "t.S is known" not in result.output
+
+
+def test_lint_knows_the_services_of_a_system(tmp_path: Path) -> None:
+    """What system.toml lays in a domain, what dom0 and the templates offer, what is shipped."""
+    paths = Paths.find(str(tmp_path))
+    lay(paths)
+    (tmp_path / "config/files").mkdir()
+    for name in ("files/laid", "rpc/own.Clock", "template/host/etc/qubes-rpc/all.Have+x"):
+        (tmp_path / "config" / name).write_text("#!/bin/sh\n")
+    paths.system_file.write_text(
+        "[domains.a]\n[domains.b]\n"
+        '[domains.b.files]\n"/usr/local/etc/qubes-rpc/laid.Here" = "files/laid"\n'
+        '[domains.far]\nclass = "RemoteVM"\nrelayvm = "a"\ntransport_rpc = "x.Carry"\n'
+    )
+    (tmp_path / "config/policy.d/30-user.policy").write_text(
+        "laid.Here * a b allow\nown.Clock * a dom0 allow\nall.Have * a b allow\n"
+        "there.Only * a far allow\nlaid.Heer * a b allow\nadmin.vm.list * a dom0 allow\n"
+        "there.Only * a @default ask target=far\nthere.Only * a b deny\n"
+    )
+    result = CliRunner().invoke(main, ["policy", "lint", "--root", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    found = [entry for entry in json.loads(result.output) if entry["code"] == "unknown-service"]
+    assert [(entry["line"], entry["message"]) for entry in found] == [
+        (5, "no service laid.Heer is known"),
+        (6, "service admin.vm.list: did you mean admin.vm.List?"),
+        (8, "no service there.Only is known"),
+    ]
+
+
+def test_lint_says_what_it_could_not_check(tmp_path: Path) -> None:
+    """Without domains, names are not checked; a reader must not take silence for approval."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.policy").write_text("t.S * ghost gone allow\n")
+    arguments = ["policy", "lint", "--root", str(tmp_path), "--policy-dir", str(tmp_path / "p")]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "no domains are known" in result.stderr
 
 
 def test_cases(place: Path) -> None:

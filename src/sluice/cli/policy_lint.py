@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from sluice.cli.common import places
 from sluice.cli.policy_common import Place, place_options, tell_policy_errors
 from sluice.errors import PolicyError
 from sluice.policy.evaluation import Policy
@@ -72,7 +73,10 @@ def _lint_set(place: Place, service_dirs: tuple[str, ...]) -> list[Finding]:
         for text in policy.warnings
     ]
     found += _not_read(place.directories)
-    return found + lint(policy, info, _services(service_dirs))
+    if info is None:
+        message = "no domains are known here, so their names were not checked (--system-info FILE)"
+        click.echo(f"sluice: {message}", err=True)
+    return found + lint(policy, info, _services(service_dirs, place))
 
 
 def _not_read(directories: tuple[str, ...]) -> list[Finding]:
@@ -94,10 +98,15 @@ def _split(warning: str) -> tuple[str, int | None]:
     return file, int(line)
 
 
-def _services(given: tuple[str, ...]) -> set[str] | None:
-    """Return the names of services in the directories, None where there is no directory."""
+def _services(given: tuple[str, ...], place: Place) -> set[str] | None:
+    """Return the names of services that exist: in directories, in the system; None: who knows."""
+    paths = places(place.root)
+    if not given and place.system_info is None and paths.system_file.exists():
+        from sluice.domains.offered import services
+
+        return services(paths)
     found: set[str] = set()
-    directories = [d for d in given or _SERVICE_DIRECTORIES if given or os.path.isdir(d)]
+    directories = given or tuple(d for d in _SERVICE_DIRECTORIES if os.path.isdir(d))
     for directory in directories:
         found.update(name.partition("+")[0] for name in os.listdir(directory))
     return found if directories else None

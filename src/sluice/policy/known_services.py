@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+from sluice.policy.shipped import DIRECTORY
+
 CLASSES = frozenset({"AdminVM", "AppVM", "TemplateVM", "StandaloneVM", "DispVM", "RemoteVM"})
 
 KNOWN_TAGS = frozenset({"anon-vm", "anon-gateway", "whonix-updatevm", "disp-created-by-dom0"})
 """Tags that may be absent from a system and yet are no misspelling."""
 
-# Services that ship with a Qubes-like system, by their exact names; the Admin API is added below.
+# Services that ship with a Qubes-like system, by their exact names.
 _QUBES = """
 AppMenuSync Backup ClipboardCopy ClipboardPaste ConnectTCP DetachPciDevice FeaturesRequest Filecopy
 GetAppmenus GetDate GetImageRGBA GetRandomizedTime GetRemotePassword Gpg GpgImportKey InputKeyboard
@@ -23,11 +27,20 @@ policy.Ask policy.Notify policy.EvalSimple policy.EvalGUI policy.RegisterArgumen
 policy.List policy.Get policy.Replace policy.Remove policy.include.List policy.include.Get
 policy.include.Replace policy.include.Remove
 """
-KNOWN = frozenset(
-    [f"qubes.{name}" for name in _QUBES.split()]
-    + _POLICY.split()
-    + ["qrexec-proxy", "u2f.Authenticate", "u2f.Register"]
-)
+_ADMIN = "91-admin-default-deny.policy"  # has a rule for each method of the Admin API
+
+
+@cache
+def known_services() -> frozenset[str]:
+    """Return the services that need no further sign of their existence."""
+    methods = [line.split()[0] for line in (DIRECTORY / _ADMIN).read_text().splitlines()]
+    return frozenset(
+        [f"qubes.{name}" for name in _QUBES.split()]
+        + _POLICY.split()
+        + ["qrexec-proxy", "u2f.Authenticate", "u2f.Register"]
+        + [method for method in methods if method.startswith("admin.")]
+    )
+
 
 DANGEROUS = {
     "qubes.VMShell": "runs any command in the target",

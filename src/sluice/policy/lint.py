@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from sluice.policy.classes import World
 from sluice.policy.evaluation import Policy
 from sluice.policy.findings import Finding, at
-from sluice.policy.index import NOWHERE
-from sluice.policy.known_services import CLASSES, DANGEROUS, KNOWN, KNOWN_TAGS
+from sluice.policy.index import NOWHERE, offered_parts
+from sluice.policy.known_services import CLASSES, DANGEROUS, KNOWN_TAGS, known_services
 from sluice.policy.rules import Rule, Verb
 from sluice.policy.system_info import ADMIN_FACETS, SystemInfo, is_dom0
 from sluice.policy.tokens import (
@@ -43,7 +43,7 @@ def lint(
 
     ``services`` are names of services that exist somewhere; None where nobody knows.
     """
-    known = None if services is None else frozenset(services) | KNOWN
+    known = None if services is None else frozenset(services) | known_services()
     place = {id(rule): number for number, rule in enumerate(policy.rules)}
     found: list[tuple[int, Finding]] = []
     for number, rule in enumerate(policy.rules):
@@ -55,7 +55,7 @@ def lint(
             )
         findings += _words(rule)
         findings += _wildcards(rule)
-        findings += _services(rule, known)
+        findings += _services(rule, known, info)
         if info is not None:
             findings += _names(rule, info)
             findings += _redirects(rule, info)
@@ -189,14 +189,24 @@ def _wildcards(rule: Rule) -> Iterator[Finding]:
         yield at(rule, "wildcard", message)
 
 
-def _services(rule: Rule, known: frozenset[str] | None) -> Iterator[Finding]:
-    if rule.service == WILDCARD or rule.service in KNOWN:
+def _services(
+    rule: Rule, known: frozenset[str] | None, info: SystemInfo | None
+) -> Iterator[Finding]:
+    ordinary = known_services()
+    if rule.service == WILDCARD or rule.service in ordinary:
         return
-    alike = next((name for name in sorted(KNOWN) if name.lower() == rule.service.lower()), None)
+    alike = next((name for name in sorted(ordinary) if name.lower() == rule.service.lower()), None)
     if alike is not None:
         yield at(rule, "unknown-service", f"service {rule.service}: did you mean {alike}?")
-    elif known is not None and rule.service not in known:
+    elif known is not None and rule.service not in known and not _far(rule, info):
         yield at(rule, "unknown-service", f"no service {rule.service} is known")
+
+
+def _far(rule: Rule, info: SystemInfo | None) -> bool:
+    """Tell whether a rule leads to RemoteVMs alone, whose services nobody knows here."""
+    parts = offered_parts(rule.target, rule.action)
+    classes = {domain.klass for domain in info or () if frozenset(domain.facets).issuperset(parts)}
+    return classes == {"RemoteVM"}
 
 
 def _names(rule: Rule, info: SystemInfo) -> Iterator[Finding]:
