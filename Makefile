@@ -21,11 +21,13 @@ bench: env
 	@$(PYTHON) bench/run.py
 
 # The packages of the system are looked at each time (it costs a moment); the environment of
-# Python is made anew when its list of libraries changes.
+# Python is made anew when its list of libraries changes. Domains, whose user ids are not ours, run
+# both, so others must be able to read them whatever umask they were made with.
 env:
 	@sh packaging/setup-system
 	@$(MAKE) --no-print-directory -s $(STAMP)
 	@$(PYTHON) -m compileall -q src
+	@find src .venv ! -perm -o=r -exec chmod o+rX {} +
 
 $(STAMP): pyproject.toml packaging/setup-python
 	@sh packaging/setup-python

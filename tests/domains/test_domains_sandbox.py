@@ -23,6 +23,7 @@ from sluice.domains.paths import Paths
 from sluice.domains.registry import Registry
 from sluice.domains.sandbox import ids, limits, mounts, namespaces, probe, seccomp, stage
 from sluice.domains.sandbox.bubblewrap import Bubblewrap, RunningBubblewrap
+from sluice.domains.sandbox.private import TREES, prepare
 from sluice.errors import LocalError, ResourceError
 
 UUID = "11111111-1111-4111-8111-111111111111"
@@ -473,6 +474,38 @@ def test_the_doctor_finds_what_stands_in_the_way(tmp_path: Path) -> None:
     assert probe.level(broken) == 0
     assert [f.what for f in probe.obstacles(broken, "bubblewrap")][0:1] == ["namespaces"]
     assert probe.obstacles(findings, "process") == []
+
+
+def test_users_of_a_domain_can_enter_its_trees_whatever_umask_we_have(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        made = asyncio.run(prepare(tmp_path / "work", DOMAIN, ids.single_map(), None))
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((made / name).stat().st_mode) for name in TREES}
+    assert modes == dict.fromkeys(TREES, 0o755)
+    assert stat.S_IMODE(made.stat().st_mode) == stat.S_IMODE(made.parent.stat().st_mode) == 0o700
+
+
+def test_what_domains_cannot_read_is_found_before_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout made with umask 077: to ids of its own a domain's programs are unreadable."""
+    (tmp_path / "bin").mkdir()
+    first = tmp_path / "bin/sluice-domain-init"
+    first.write_text("")
+    monkeypatch.setattr(mounts.runtime, "package_directory", lambda: str(tmp_path))
+    own, one = ids.Ids(ids.SUBORDINATE, 100000, 100000, 65536), ids.Ids(ids.SINGLE, 0, 0, 0)
+    paths = Paths.find(str(tmp_path / "system"))
+    for directory, file in ((0o700, 0o644), (0o755, 0o600)):
+        tmp_path.chmod(directory)
+        first.chmod(file)
+        with pytest.raises(LocalError, match=f"chmod -R o\\+rX {tmp_path}$"):
+            Bubblewrap(paths, ids=own)
+        Bubblewrap(paths, ids=one).close()
+    tmp_path.chmod(0o755)
+    first.chmod(0o644)
+    Bubblewrap(paths, ids=own).close()
 
 
 def test_descriptors_are_closed_where_a_disposable_cannot_be_removed() -> None:

@@ -208,6 +208,12 @@ class Bubblewrap:
                 raise LocalError(f"{program} is not installed")
         self._paths = paths
         self.ids = detect(uid_base, single=single) if ids is None else ids
+        closed = mounts.closed_to_others()
+        if closed is not None and self.ids.mode != SINGLE:
+            raise LocalError(
+                f"{closed}: others may not read it, so domains with ids of their own cannot"
+                f" run it; please run: chmod -R o+rX {closed}"
+            )
         self._slots = Slots()
         self._spaces: dict[tuple[str, int], Namespaces] = {}
         self._controllers = probe(paths.state)

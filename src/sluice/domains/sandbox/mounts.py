@@ -144,6 +144,20 @@ def _sluice(plan: Plan) -> None:
     plan.add("--symlink", f"{runtime.INSIDE_BIN}/qrexec-agent", "/usr/lib/qubes/qrexec-agent")
 
 
+def closed_to_others() -> str | None:
+    """Return that directory of ours, package or libraries, which others may not read, or None.
+
+    To a domain with ids of its own they are somebody else's. What lies above them does not matter,
+    for they are mounted.
+    """
+    package, site = runtime.package_directory(), runtime.site_packages()
+    first = runtime.launcher("sluice-domain-init")
+    for directory, path in ((package, package), (package, first), (site, site)):
+        if path is not None and not os.stat(path).st_mode & stat.S_IROTH:
+            return directory
+    return None
+
+
 def _var(plan: Plan) -> None:
     plan.tmpfs("/var", VAR_SIZE)
     for name in ("lib", "cache", "log", "spool"):

@@ -55,7 +55,8 @@ async def _make(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespace
     new = place / "private.new"
     new.mkdir(mode=0o700)
     for name in TREES:
-        (new / name).mkdir(mode=0o755)
+        (new / name).mkdir()
+        (new / name).chmod(0o755)  # whatever umask the operator has
     (new / "rw/home").symlink_to("/home")
     (new / "rw/usrlocal").symlink_to("/usr/local")
     homes = [] if domain.default_user == "root" else [f"home/{domain.default_user}"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sluice import runtime
-from sluice.domains.sandbox import ids, limits
+from sluice.domains.sandbox import ids, limits, mounts
 from sluice.errors import LocalError, SluiceError
 
 GOOD, WEAK, BAD = "ok", "weak", "missing"
@@ -64,7 +64,10 @@ def level(findings: list[Finding]) -> int:
 def obstacles(findings: list[Finding], what: str) -> list[Finding]:
     """Return what stands in the way of ``bubblewrap``, ``process``, ``own-ids`` or ``limits``."""
     needed = {
-        "bubblewrap": ("interpreter", "bubblewrap", "namespaces", "user ids", "system-call filter"),
+        "bubblewrap": (
+            *("interpreter", "bubblewrap", "namespaces"),
+            *("user ids", "system-call filter", "libraries"),
+        ),
         "process": ("interpreter",),
         "own-ids": ("user ids",),
         "limits": tuple(f"limit of {name}" for name in limits.CONTROLLERS),
@@ -178,6 +181,9 @@ def _descriptors() -> Finding:
 
 
 def _libraries() -> Finding:
+    if (closed := mounts.closed_to_others()) and _ids().state == GOOD:
+        follows = f"no domain with ids of its own can start: chmod -R o+rX {closed}"
+        return Finding("libraries", BAD, f"{closed}: others may not read it", follows)
     site = runtime.site_packages()
     if site is None:
         return Finding("libraries", WEAK, "the system's own", "large programs inside may lack some")
