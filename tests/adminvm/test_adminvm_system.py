@@ -41,10 +41,12 @@ from tests.support.adminvm import (
 from sluice.adminvm import api
 from sluice.adminvm.decision import Decision
 from sluice.adminvm.judge import Ruling
+from sluice.adminvm.link import Request
 from sluice.adminvm.system import AdminVM
 from sluice.domains.model import DomainConfig
 from sluice.errors import LocalError, RemoteError, ResourceError, SluiceError
 from sluice.policy.files import PolicyStore
+from sluice.wire.names import Trigger
 
 
 class World:
@@ -519,10 +521,14 @@ def test_what_a_local_client_has_written_counts_before_a_refusal() -> None:
                 class End:
                     local = server
 
+                    async def room(self, seconds: float) -> bool:
+                        return True
+
                     def refuse(self, request: object) -> None:
                         told.append("refusal")
 
-                refuse(End(), object())  # type: ignore[arg-type]
+                request = Request(Trigger(None, "dst", b"I".ljust(32, b"\0"), "test.S"))
+                await refuse(End(), request)  # type: ignore[arg-type]
                 assert told == ["request", "refusal"]
             server.close()
 
@@ -942,11 +948,7 @@ def test_a_local_client_that_says_nothing_is_dropped(monkeypatch: pytest.MonkeyP
     play(scene)
 
 
-def test_a_local_client_that_was_not_listened_to_is_not_late(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sluice.adminvm.local.PATIENCE", 0.05)
-
+def test_a_local_client_that_was_not_listened_to_is_not_late() -> None:
     async def scene(world: World) -> None:
         a = await world.start("a")
         run = world.system.run_of("a")
@@ -957,7 +959,8 @@ def test_a_local_client_that_was_not_listened_to_is_not_late(
         assert await reader.readexactly(12) == hello(3)
         run.endpoint.local.pause()
         writer.write(hello(3) + message(EXEC_CMDLINE, exec_body(0, 0, b"u:x\0")))
-        await asyncio.sleep(0.2)
+        (session,) = run.endpoint.local.sessions
+        session._late()  # its time is over
         run.endpoint.local.resume()
         assert (await a.receive())[0] == EXEC_CMDLINE
         assert len(await reader.readexactly(16)) == 16

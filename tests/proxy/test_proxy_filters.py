@@ -741,6 +741,7 @@ def test_record_writes_both_directions_times_and_ends(tmp_path: Path) -> None:
 def test_record_names_cannot_be_steered_and_links_are_not_followed(tmp_path: Path) -> None:
     directory = tmp_path / "records"
     directory.mkdir()
+    directory.chmod(0o755)
     call = Call("../../etc", "..", "../x", "/../../y", chain="c")
     for _ in range(3):
         play(Record, directory=str(directory), call=call).open() >> closed()
