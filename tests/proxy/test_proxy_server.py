@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.proxy import alive, eventually
+from tests.support.ports import free_port
+from tests.support.proxy import alive, chain_text, eventually
 from tests.support.proxy_server import COMMAND, Resident, left_over, read_all, resident
 
 from sluice.errors import ConfigError, LocalError
@@ -28,6 +29,8 @@ from sluice.proxy.server import Server
 from sluice.proxy.settings import parse_address
 
 RAW = 'services = "any"\ntargets = "any"\nrequire_exit_code = false\n'
+# Far more than anything takes: for what is no matter of time.
+DEADLINE = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +115,9 @@ def test_a_server_that_dies_in_the_middle_ends_the_call_with_125() -> None:
         process.stdin.flush()
         assert process.stdout.read(5) == b"hello"
         server.process.kill()
-        begun = time.monotonic()
-        assert process.wait(5) == 125
+        assert process.wait(DEADLINE) == 125
         assert process.stdout.read() == b""
-        assert time.monotonic() - begun < 3
-        eventually(lambda: not left_over(server.qube), 2, "the far end ends with its input")
+        eventually(lambda: not left_over(server.qube), what="the far end ends with its input")
 
 
 def test_a_launcher_that_dies_ends_its_call(server: Resident) -> None:
@@ -126,8 +127,8 @@ def test_a_launcher_that_dies_ends_its_call(server: Resident) -> None:
     assert left_over(server.qube)
     process.kill()
     assert process.stdout.read() == b""
-    eventually(lambda: not left_over(server.qube), 3)
-    record = eventually(lambda: last_record(server)["service"] == "idle" and last_record(server), 3)
+    eventually(lambda: not left_over(server.qube))
+    record = eventually(lambda: last_record(server)["service"] == "idle" and last_record(server))
     assert record["cause"] == "source-gone" and "launcher" in str(record["reason"])
 
 
@@ -165,15 +166,15 @@ def test_what_is_no_descriptor_is_refused(server: Resident, text: bytes) -> None
 def test_a_chain_that_requires_an_exit_code_refuses_the_raw_socket(server: Resident) -> None:
     calls = len(server.qube.calls())
     assert refused(server, b"qrexec-proxy+pass+vault+mirror work\0x")
-    record = last_record(server)
-    assert record["cause"] == "refused" and "exit code" in str(record["reason"])
+    record = eventually(lambda: last_record(server)["cause"] == "refused" and last_record(server))
+    assert "exit code" in str(record["reason"])
     assert len(server.qube.calls()) == calls
 
 
 @pytest.mark.spec("PROXY-009")
 def test_an_over_long_descriptor_and_a_silent_one_are_closed(server: Resident) -> None:
     assert refused(server, b"q" * 70_000)
-    assert "too long" in server.qube.log()
+    eventually(lambda: "too long" in server.qube.log())
 
     async def silent() -> float:
         made = Server(str(server.qube.config), directory=str(own), patience=0.2)
@@ -182,7 +183,7 @@ def test_an_over_long_descriptor_and_a_silent_one_are_closed(server: Resident) -
         begun = made.loop.time()
         reader, writer = await asyncio.open_unix_connection(f"{own}/raw.sock")
         writer.write(b"qrexec-proxy+raw+vault")
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), DEADLINE) == b""
         writer.close()
         made.stop()
         await made.run()
@@ -190,7 +191,7 @@ def test_an_over_long_descriptor_and_a_silent_one_are_closed(server: Resident) -
 
     own = server.directory / "own"
     own.mkdir()
-    assert 0.2 <= asyncio.run(silent()) < 3
+    assert asyncio.run(silent()) >= 0.2
     assert not list(own.iterdir())
 
 
@@ -200,7 +201,7 @@ _KNOCK = """
 import socket, sys
 kind = socket.SOCK_SEQPACKET if "launcher" in sys.argv[1] else socket.SOCK_STREAM
 sock = socket.socket(socket.AF_UNIX, kind)
-sock.settimeout(5)
+sock.settimeout(60)
 try:
     sock.connect(sys.argv[1])
     sock.send(b'{"method": "status"}\\n')
@@ -281,7 +282,7 @@ def test_a_launchers_message_must_be_whole_and_have_two_descriptors(server: Resi
         (encode_request("work", "pass+vault+mirror"), 3), (b"sluice1 without NUL", 2),
     ):  # fmt: skip
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-            sock.settimeout(5)
+            sock.settimeout(DEADLINE)
             sock.connect(f"{server.directory}/launcher.sock")
             rights = struct.pack(f"{count}i", *[0] * count)
             sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
@@ -321,7 +322,7 @@ def test_socket_activation() -> None:
         assert server.call("pass+vault+code+42").returncode == 42
         assert server.call("pass+vault+mirror", b"hello").stdout == b"hello"
         with server.control() as client:
-            assert client.status()["calls"] == 0
+            eventually(lambda: client.status()["calls"] == 0)
         assert server.stop() == 0
         assert (server.directory / "launcher.sock").stat().st_ino == inode
         assert not (server.directory / "control.sock").exists()
@@ -355,7 +356,8 @@ def test_sockets_for_another_process_are_not_taken() -> None:
 
 @pytest.mark.spec("PROXY-062")
 def test_sigterm_refuses_new_calls_and_lets_those_under_way_end() -> None:
-    with resident() as server:
+    with resident(start=False) as server:
+        server.start(command=patient(server))
         process = server.launch("pass+vault+mirror")
         process.stdin.write(b"hello")
         process.stdin.flush()
@@ -366,13 +368,21 @@ def test_sigterm_refuses_new_calls_and_lets_those_under_way_end() -> None:
         process.stdin.write(b"world")
         process.stdin.close()
         assert process.stdout.read() == b"world"
-        assert process.wait(5) == 0
-        begun = time.monotonic()
-        assert server.process.wait(5) == 0
-        assert time.monotonic() - begun < 3
+        assert process.wait(DEADLINE) == 0
+        assert server.process.wait(DEADLINE) == 0
         assert not list(server.directory.glob("*.sock"))
 
 
+def patient(server: Resident) -> list[str]:
+    """Return the command line of a server that gives calls under way far more than 5 s."""
+    code = (
+        "import asyncio, sys; from sluice.proxy.server import serve; "
+        "asyncio.run(serve(sys.argv[1], grace=600))"
+    )
+    return [sys.executable, "-c", code, str(server.qube.config)]
+
+
+@pytest.mark.alone
 @pytest.mark.spec("PROXY-062")
 def test_what_does_not_end_in_time_is_ended_and_all_is_gone() -> None:
     """By the real time of 5 s; a far end that ignores SIGTERM included."""
@@ -383,36 +393,35 @@ def test_what_does_not_end_in_time_is_ended_and_all_is_gone() -> None:
         begun = time.monotonic()
         server.process.terminate()
         assert process.stdout.read() == b""
-        assert 4.5 < time.monotonic() - begun < 8
-        assert process.wait(5) == 125
-        assert server.process.wait(5) == 0
-        assert time.monotonic() - begun < 12
+        assert 4.5 < time.monotonic() - begun < 25
+        assert process.wait(DEADLINE) == 125
+        assert server.process.wait(DEADLINE) == 0
         assert not left_over(server.qube)
         assert [r["cause"] for r in server.qube.records()] == ["shutdown"]
 
 
 @pytest.mark.spec("PROXY-062")
 def test_a_second_sigterm_does_not_wait() -> None:
-    with resident() as server:
+    with resident(start=False) as server:
+        server.start(command=patient(server))
         process = server.launch("pass+vault+mirror")
         eventually(server.calls)
         server.process.terminate()
         server.wait_for("STOPPING=1")
         server.process.terminate()
-        assert process.wait(2) == 125
-        assert server.process.wait(2) == 0
+        assert process.wait(DEADLINE) == 125
+        assert server.process.wait(DEADLINE) == 0
 
 
 def test_two_servers_in_one_place_and_a_socket_left_behind() -> None:
     with resident() as server:
         second = subprocess.run(
-            server.command(), env=server.environment(None), capture_output=True, timeout=20
+            server.command(), env=server.environment(None), capture_output=True, timeout=60
         )
         assert second.returncode == 125 and b"listens on" in second.stderr
         server.process.kill()
         server.process.wait()
         assert (server.directory / "launcher.sock").exists()
-        server.notices.clear()
         server.start()
         assert server.call("pass+vault+mirror", b"x").stdout == b"x"
 
@@ -432,8 +441,7 @@ def test_reload_keeps_calls_on_their_chain_and_an_invalid_change_keeps_the_old()
         assert old.stdout.read(4) == b"1234"
 
         server.notices.clear()
-        server.qube.configure("")
-        server.qube.chain("limit", "{ use = 'byte-limit', dst2src = 2 }")
+        server.qube.configure(chain_text("limit", "{ use = 'byte-limit', dst2src = 2 }"))
         server.wait_for("READY=1")
         assert any("RELOADING=1" in notice for notice in server.notices)
         assert server.call("limit+vault+mirror", b"123456").stdout == b"12"
@@ -453,11 +461,10 @@ def test_reload_keeps_calls_on_their_chain_and_an_invalid_change_keeps_the_old()
         old.stdin.write(b"5678ABC")
         old.stdin.close()
         assert old.stdout.read() == b"5678"
-        assert old.wait(5) == 0
+        assert old.wait(DEADLINE) == 0
 
-        server.qube.configure("")
-        server.qube.chain("new", "'pass'")
-        eventually(lambda: server.call("new+vault+mirror", b"x").stdout == b"x", 10)
+        server.qube.configure(chain_text("new", "'pass'"))
+        eventually(lambda: server.call("new+vault+mirror", b"x").stdout == b"x")
         with server.control() as client:
             assert client.status()["error"] is None
 
@@ -472,7 +479,9 @@ def test_files_that_are_added_and_sighup_are_heard() -> None:
         server.start()
         server.notices.clear()
         text = '[chains.{}]\nservices = "any"\ntargets = "any"\nfilters = []\n'
-        (main / "proxy.d/one.toml").write_text(text.format("one"))
+        # At one stroke: a server that has read an empty file would say READY=1 as well.
+        (main / "proxy.d/one").write_text(text.format("one"))
+        (main / "proxy.d/one").rename(main / "proxy.d/one.toml")
         server.wait_for("READY=1")
         assert server.call("one+vault+mirror", b"x").stdout == b"x"
         # Pointed to from elsewhere, so that nobody sees it change.
@@ -490,7 +499,7 @@ def test_files_that_are_added_and_sighup_are_heard() -> None:
 
 def scrape(server: Resident) -> dict[str, float]:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
+        sock.settimeout(DEADLINE)
         sock.connect(f"{server.directory}/metrics.sock")
         sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         head, _, body = read_all(sock).decode().partition("\r\n\r\n")
@@ -508,11 +517,12 @@ def test_metrics_count_calls_refusals_and_bytes(server: Resident) -> None:
     for _ in range(3):
         assert server.call("short+vault+mirror", b"0123456789").stdout == b"01234"
     server.call("none+vault+mirror")
+    # What came before this test may just have ended, for those who called.
+    eventually(lambda: scrape(server)["sluice_proxy_calls_active"] == 0)
     after = scrape(server)
     assert after[name] - before.get(name, 0) == 3
     assert after[sent] - before.get(sent, 0) == 15
     assert after[refused] - before.get(refused, 0) == 1
-    assert after["sluice_proxy_calls_active"] == 0
     assert after["sluice_proxy_call_seconds_count"] > before["sluice_proxy_call_seconds_count"]
     assert after["sluice_proxy_held_bytes_max"] == 256 << 20
     with server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") as sock:
@@ -540,14 +550,12 @@ def test_metrics_are_never_served_to_other_machines(setting: str) -> None:
 
 @pytest.mark.spec("PROXY-056")
 def test_metrics_on_a_port_and_what_is_no_page() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with resident(start=False) as server:
         server.qube.configure("", f'metrics = "127.0.0.1:{port}"')
         server.start()
         for path, status in (("/metrics", 200), ("/", 200), ("/x", 404)):
-            client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
             client.request("GET", path)
             answer = client.getresponse()
             body = answer.read()
@@ -563,7 +571,8 @@ def test_calls_under_way_are_listed_and_can_be_ended(server: Resident) -> None:
     process.stdin.flush()
     assert process.stdout.read(5) == b"12345"
     with server.control() as client:
-        (call,) = client.calls()
+        # Calls of other tests may just have ended, for those who called.
+        (call,) = eventually(lambda: len(client.calls()) == 1 and client.calls())
         expected = {
             "form": "launcher",
             "source": "work",
@@ -579,7 +588,7 @@ def test_calls_under_way_are_listed_and_can_be_ended(server: Resident) -> None:
         with pytest.raises(LocalError, match="no call of that name"):
             client.end("nothing")
         client.end(call["id"])
-        assert process.wait(5) == 125
+        assert process.wait(DEADLINE) == 125
         eventually(lambda: client.calls() == [])
     record = last_record(server)
     assert (record["id"], record["cause"]) == (call["id"], "killed")
@@ -587,7 +596,7 @@ def test_calls_under_way_are_listed_and_can_be_ended(server: Resident) -> None:
 
 def test_the_control_socket_survives_nonsense(server: Resident) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
+        sock.settimeout(DEADLINE)
         sock.connect(f"{server.directory}/control.sock")
         stream = sock.makefile("rb")
         for line in (b"{", b"[1]", b'{"method": "none"}', b'{"method": 1}', b"[" * 5000,
@@ -621,7 +630,8 @@ def test_one_source_cannot_use_up_the_places_of_the_others() -> None:
         assert [r["cause"] for r in server.qube.records() if r["exit_code"]] == ["busy", "busy"]
         for process in running:
             process.stdin.close()
-            assert process.wait(5) == 0
+            assert process.wait(DEADLINE) == 0
+        eventually(lambda: not server.calls())
         assert server.call("pass+vault+mirror", b"x", "work").stdout == b"x"
 
 
@@ -635,23 +645,22 @@ def test_256_calls_at_once_all_complete_and_one_more_is_refused_at_once() -> Non
             server.raw(f"qrexec-proxy+raw+vault+mirror s{number % 8}\0".encode())
             for number in range(256)
         ]
-        eventually(lambda: len(server.calls()) == 256, 30)
-        begun = time.monotonic()
+        eventually(lambda: len(server.calls()) == 256, 60)
         assert refused(server, b"qrexec-proxy+raw+vault+mirror other\0x")
-        assert time.monotonic() - begun < 3
+        assert len(server.calls()) == 256, "it was not made to wait for one to end"
         for number, sock in enumerate(socks):
             sock.sendall(b"%d" % number * 100)
             sock.shutdown(socket.SHUT_WR)
         for number, sock in enumerate(socks):
             assert read_all(sock) == b"%d" % number * 100
             sock.close()
-        eventually(lambda: not server.calls(), 20)
+        eventually(lambda: not server.calls(), 60)
         records = server.qube.records()
         assert len(records) == 257 and len({r["id"] for r in records}) == 257
         assert [r["cause"] for r in records].count("done") == 256
         assert [r["cause"] for r in records].count("busy") == 1
-        eventually(lambda: not left_over(server.qube), 10)
-        eventually(lambda: server.descriptors() <= before + 8, 5, "descriptors are given back")
+        eventually(lambda: not left_over(server.qube))
+        eventually(lambda: server.descriptors() <= before + 8, what="descriptors are given back")
 
 
 @pytest.mark.spec("PROXY-022")
@@ -664,13 +673,16 @@ def test_idle_calls_cost_the_server_nothing() -> None:
         assert [sock.recv(1) for sock in socks] == [b"x"] * 10
 
         def wakeups() -> int:
+            """Return how often the server was woken; -1 while it has something to do."""
             tasks = Path(f"/proc/{server.process.pid}/task")
+            texts = [(task / "status").read_text() for task in tasks.iterdir()]
+            if any(text.split("\nState:\t")[1][0] != "S" for text in texts):
+                return -1
             return sum(
-                int((task / "status").read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0])
-                for task in tasks.iterdir()
+                int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0]) for text in texts
             )
 
-        eventually(lambda: wakeups() == (time.sleep(0.2), wakeups())[1], 10)
+        eventually(lambda: -1 != wakeups() == (time.sleep(0.3), wakeups())[1])
         before = wakeups()
         time.sleep(1.5)
         assert wakeups() == before
@@ -683,7 +695,7 @@ def test_serve_tells_what_is_wrong_and_exits(server: Resident) -> None:
         other.qube.chain("broken", "{ use = 'nothing' }")
         done = subprocess.run(
             [*COMMAND, "proxy", "serve", "--config", str(other.qube.config)],
-            env=other.environment(None), capture_output=True, timeout=20,
+            env=other.environment(None), capture_output=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 125 and b"unknown filter" in done.stderr
     assert alive(server.process.pid)
@@ -709,7 +721,7 @@ class Slow:
         seconds: how long
         """
 
-        seconds: Duration = 60.0
+        seconds: Duration = 600.0
 
     def __init__(self, options, link):
         self._seconds = options.seconds
@@ -732,15 +744,14 @@ def test_a_filter_that_blocks_gets_a_process_of_its_own(tmp_path: Path) -> None:
         slow = server.launch("slow+vault+mirror")
         slow.stdin.write(b"x")
         slow.stdin.flush()
-        eventually(server.qube.pids, 10)
-        begun = time.monotonic()
+        eventually(server.qube.pids)
         assert server.call("quick+vault+mirror", b"abc").stdout == b"ABC"
         assert server.call("pass+vault+mirror", b"abc").stdout == b"abc"
-        assert time.monotonic() - begun < 5
+        assert len(server.calls()) == 1, "the slow one is at it still"
         names = [filter["name"] for filter in server.qube.records()[0]["filters"]]
         assert names == ["slow"]
         slow.kill()
-        eventually(lambda: not left_over(server.qube) and not server.calls(), 5)
+        eventually(lambda: not left_over(server.qube) and not server.calls())
 
 
 @pytest.mark.soak
