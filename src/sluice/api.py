@@ -113,6 +113,8 @@ async def call(
         ) as opened,
     ):
         sending = asyncio.ensure_future(_send_all(opened, input))
+        # Let it begin: ``wait`` lets finish what has begun.
+        await asyncio.sleep(0)
         try:
             pieces = []
             size = 0
@@ -121,8 +123,7 @@ async def call(
                 if size > limit:
                     raise ResourceError(f"{service} of {target}: more than {limit} bytes came back")
                 pieces.append(piece)
-            # A service may end without having read everything; its status says what it thinks.
-            sending.cancel()
+            # The service may have more to read; or it ends before, and its status says why.
             status = await opened.wait()
         finally:
             sending.cancel()

@@ -82,6 +82,12 @@ class Call:
         self._from_service = -1
         self._errors = bytearray()
         self._over: asyncio.Future[int] = self._loop.create_future()
+        # Whoever waits for a pipe now; sends under way, and whether the end is to follow them;
+        # whether output was left behind.
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._sending = 0
+        self._eof_due = False
+        self._left = False
         self._close: Callable[[], None] = lambda: None
 
     @property
@@ -92,27 +98,39 @@ class Call:
     async def send(self, data: bytes | memoryview) -> None:
         """Send all of ``data``, waiting while the service does not take it.
 
-        Raises CallLost where the service takes nothing any more.
+        Raises CallLost where the service takes nothing any more, or the call was left meanwhile.
         """
         rest = memoryview(data)
-        while rest:
-            if self._to_service < 0:
-                raise LocalError("send after send_eof")
-            try:
-                rest = rest[os.write(self._to_service, rest) :]
-            except BlockingIOError:
-                await self._ready(self._to_service, writing=True)
-            except BrokenPipeError:
-                raise CallLost(f"{self._name}: the service takes no more input", 255) from None
+        self._sending += 1
+        try:
+            while rest:
+                if self._left:
+                    raise CallLost(f"{self._name}: given up", 255)
+                if self._to_service < 0:
+                    raise LocalError("send after send_eof")
+                try:
+                    rest = rest[os.write(self._to_service, rest) :]
+                except BlockingIOError:
+                    await self._ready(self._to_service, writing=True)
+                except BrokenPipeError:
+                    raise CallLost(f"{self._name}: the service takes no more input", 255) from None
+        finally:
+            self._sending -= 1
+            if self._eof_due and not self._sending:
+                self._close_input()
 
     async def send_eof(self) -> None:
-        """Tell the service that nothing more comes; harmless when repeated."""
-        if self._to_service >= 0:
-            os.close(self._to_service)
-            self._to_service = -1
+        """Tell the service that nothing more comes; harmless when repeated.
+
+        A ``send`` of another task that is under way is cut off.
+        """
+        self._close_input()
 
     async def receive(self, size: int = CHUNK) -> bytes:
-        """Return some of the service's output, at most ``size`` bytes; nothing at its end."""
+        """Return some of the service's output, at most ``size`` bytes; nothing at its end.
+
+        Raises CallLost where the call was left before that end.
+        """
         while self._from_service >= 0:
             try:
                 data = os.read(self._from_service, size)
@@ -123,6 +141,8 @@ class Call:
                 os.close(self._from_service)
                 self._from_service = -1
             return data
+        if self._left:
+            raise CallLost(f"{self._name}: given up", 255)
         return b""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -136,26 +156,49 @@ class Call:
     async def wait(self) -> int:
         """Return the exit status once the call is over; all output should be received before.
 
-        Raises CallLost where the channel ended before the status came.
+        The input ends with it: at once, or behind what another task is sending. Raises CallLost
+        where the channel ended before the status came.
         """
-        await self.send_eof()
+        self._eof_due = True
+        if not self._sending:
+            self._close_input()
         return await asyncio.shield(self._over)
 
     async def _ready(self, fd: int, *, writing: bool) -> None:
         """Wait until ``fd`` can be read or written."""
-        waiter = self._loop.create_future()
+        waiter: asyncio.Future[None] = self._loop.create_future()
 
         def fire() -> None:
             if not waiter.done():
                 waiter.set_result(None)
 
-        add = self._loop.add_writer if writing else self._loop.add_reader
-        remove = self._loop.remove_writer if writing else self._loop.remove_reader
-        add(fd, fire)
+        if writing:
+            self._loop.add_writer(fd, fire)
+        else:
+            self._loop.add_reader(fd, fire)
+        self._waiting.add(waiter)
         try:
             await waiter
         finally:
-            remove(fd)
+            self._waiting.discard(waiter)
+            # Not where it was closed meanwhile: the number may be somebody else's.
+            if writing and fd == self._to_service:
+                self._loop.remove_writer(fd)
+            elif not writing and fd == self._from_service:
+                self._loop.remove_reader(fd)
+
+    def _wake(self) -> None:
+        """Have whoever waits for a pipe look at it again."""
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _close_input(self) -> None:
+        if self._to_service >= 0:
+            self._loop.remove_writer(self._to_service)
+            os.close(self._to_service)
+            self._to_service = -1
+            self._wake()
 
     def _finish(self, status: int | None, error: Exception | None = None) -> None:
         if self._over.done():
@@ -171,12 +214,13 @@ class Call:
     def close(self) -> None:
         """End the call at once, whatever its state. Harmless when repeated."""
         self._close()
-        for fd in (self._to_service, self._from_service):
-            if fd >= 0:
-                self._loop.remove_reader(fd)
-                self._loop.remove_writer(fd)
-                os.close(fd)
-        self._to_service = self._from_service = -1
+        self._left = self._left or self._to_service >= 0 or self._from_service >= 0
+        self._close_input()
+        if self._from_service >= 0:
+            self._loop.remove_reader(self._from_service)
+            os.close(self._from_service)
+            self._from_service = -1
+        self._wake()
         self._finish(None, CallLost(f"{self._name}: given up", 255))
 
     def _take_pipes(self) -> tuple[int, int]:
