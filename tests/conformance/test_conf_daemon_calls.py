@@ -18,7 +18,6 @@ from tests.support.adminvm import (
     SERVICE_REFUSED,
     TERMINATED,
     Closed,
-    Wire,
     exec_body,
     hello,
     message,
@@ -32,6 +31,7 @@ from tests.support.qrexec_daemon import (
     answer,
     harness,
     listener,
+    qubesd_call,
     serve_local,
 )
 
@@ -54,16 +54,6 @@ class Asked:
         self.policy = daemon.policy()
         self.agent.send(trigger4(**trigger))
         answer(self.policy, reply)
-
-
-def qubesd_call(conn: Wire) -> bytes:
-    """Read one request to qubesd, to its end."""
-    data = b""
-    try:
-        while True:
-            data += conn.exactly(1)
-    except Closed:
-        return data
 
 
 # --- domains (6.9.6) ----------------------------------------------------------------------------

@@ -26,7 +26,15 @@ from tests.support.adminvm import (
     trigger4,
     wait_until,
 )
-from tests.support.qrexec_daemon import UUID, DaemonHarness, accept, answer, connect, harness
+from tests.support.qrexec_daemon import (
+    UUID,
+    DaemonHarness,
+    accept,
+    answer,
+    connect,
+    harness,
+    read_policy_request,
+)
 
 LINKS = {"qrexec.42", "qrexec.src", f"qrexec.uuid:{UUID}"}
 
@@ -328,13 +336,13 @@ def test_calls_from_before_a_restart_are_forgotten(daemon: DaemonHarness) -> Non
     policy = daemon.policy()
     agent.send(trigger4(ident=b"OLD"))
     held = daemon.keep(accept(policy))
+    read_policy_request(held)
     daemon.listen()
     agent.close()
     agent = daemon.greet()
     client = daemon.request(b"OLD\0", 43, 514, SERVICE_CONNECT)
     assert client.at_end()
-    held.send(b"result=deny")
-    held.close()
+    assert held.at_end()
     assert agent.silent()
 
 

@@ -15,6 +15,7 @@ from tests.support.adminvm import (
     DEADLINE,
     EXEC_CMDLINE,
     HELLO,
+    Closed,
     Wire,
     exec_body,
     hello,
@@ -262,6 +263,16 @@ def answer(policy: socket.socket, reply: bytes) -> bytes:
     conn.send(reply)
     conn.close()
     return asked
+
+
+def qubesd_call(conn: Wire) -> bytes:
+    """Read one request to qubesd, to its end."""
+    data = b""
+    try:
+        while True:
+            data += conn.exactly(1)
+    except Closed:
+        return data
 
 
 def allow(**fields: str | None) -> bytes:

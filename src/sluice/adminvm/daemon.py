@@ -8,6 +8,7 @@ Its life::
 
     connect to the agent -> handshake -> sockets -> serve --agent gone--> sockets away, connect ...
                                                    |--SIGTERM--> flush, sockets away, exit 0
+                                                   |--SIGINT--> likewise, then die of it
                                                    \\--agent breaks the protocol--> exit 1
 
 A call is handled by a coroutine, not by a child process; what the specification says of the exit of
@@ -25,6 +26,7 @@ import sys
 import time
 from typing import Any
 
+from sluice.adminvm.bucket import TokenBucket
 from sluice.adminvm.channels import Channel, PortTable
 from sluice.adminvm.daemon_calls import CallHandler, refuse
 from sluice.adminvm.daemon_options import USAGE, Options, parse_arguments
@@ -36,12 +38,15 @@ from sluice.adminvm.session import LocalRequest
 from sluice.adminvm.supervisor import Supervisor
 from sluice.agent.options import UsageError
 from sluice.errors import RemoteError, SluiceError
+from sluice.flow.selector import run
 from sluice.vchan.socketdir import Client
 from sluice.wire import messages as wire
 from sluice.wire.names import escape
 
 HANDSHAKE_PATIENCE = 10.0
 STOP_WITHIN = 1.0
+RESTARTS = 0.5  # of the agent a second, in the long run: each costs log lines and work
+RESTARTS_BURST = 10.0
 EXIT_STARTUP_TIMEOUT = 3
 
 
@@ -66,6 +71,7 @@ class Daemon:
         self._endpoint: Endpoint | None = None
         self._folded: FoldedLog
         self._terminate = asyncio.Event()
+        self._signal = signal.SIGTERM
         self._greeted = asyncio.Event()
         self._lost = asyncio.Event()
         self._broken = False
@@ -83,10 +89,14 @@ class Daemon:
     async def run(self, started: object = None) -> int:
         """Serve until the end; returns the exit status. ``started()`` is called once, when ready.
 
-        The status is -15 where SIGTERM came while there was no agent: the program then dies of it.
+        The status is that of a signal, negative, where the program must die of it: of SIGINT, and
+        of SIGTERM while there was no agent.
         """
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._terminate.set)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._stop, number)
+        restarts = TokenBucket(RESTARTS, RESTARTS_BURST, loop.time)
         self._folded = FoldedLog(loop, self.log)
         self._handler = CallHandler(self.options, self.ports, self._folded)
         timeout = self.options.startup_timeout
@@ -100,10 +110,24 @@ class Daemon:
                     started = None
                 await self._serve()
                 timeout = None
+                await self._pause(restarts.spend(1))
         except Ended as end:
             return end.status
+        except (SluiceError, OSError) as error:
+            self.log(str(error))
+            return 1
         finally:
             await self._shut()
+
+    def _stop(self, number: signal.Signals) -> None:
+        self._signal = number
+        self._terminate.set()
+
+    async def _pause(self, seconds: float) -> None:
+        """Let an agent wait that comes and goes all the time. Raises Ended where we are to end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._terminate.wait(), seconds)
+            raise Ended(-self._signal)
 
     async def _connect(self, timeout: float | None) -> socket.socket:
         """Connect to the agent.
@@ -130,7 +154,7 @@ class Daemon:
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not connected.done():
-                raise Ended(-signal.SIGTERM)
+                raise Ended(-self._signal)
             return socket.socket(fileno=connected.result())
         except RemoteError as error:
             self.log(f"no agent: {error}")
@@ -157,7 +181,7 @@ class Daemon:
         for wait in waits:
             wait.cancel()
         if self._terminate.is_set():
-            raise Ended(-signal.SIGTERM)
+            raise Ended(-self._signal)
         if not self._greeted.is_set() or self._broken:
             self.log("the agent made no proper handshake")
             raise Ended(1)
@@ -174,7 +198,7 @@ class Daemon:
             self._handler.stop()
             await self._tasks.close(STOP_WITHIN)
             await self._endpoint.flush(0.5)
-            raise Ended(0)
+            raise Ended(0 if self._signal == signal.SIGTERM else -self._signal)
         if self._broken:
             raise Ended(1)
         self.log("the agent is gone; waiting for another")
@@ -185,31 +209,26 @@ class Daemon:
         await self._tasks.close(STOP_WITHIN)
         if self._endpoint is not None:
             self._endpoint.close()
+        self._folded.flush()
 
     # --- sockets --------------------------------------------------------------------------
 
-    def _names(self) -> tuple[str, str, str]:
-        options = self.options
-        return f"qrexec.uuid:{options.uuid}", f"qrexec.{options.name}", f"qrexec.{options.domid}"
-
     def _open_sockets(self) -> None:
-        """Make the socket and the two links to it (6.2 step 9)."""
-        uuid, name, number = self._names()
-        for link in (uuid, name):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(link)
-            if link != number:
-                os.symlink(number, link)
-        loop = asyncio.get_running_loop()
+        """Make the socket and the two links to it (6.2 step 9). Raises LocalError."""
+        options = self.options
         assert self._endpoint is not None
-        self._endpoint.local = LocalServer(loop, number, self._local, self._folded, umask=0)
+        self._endpoint.local = LocalServer(
+            asyncio.get_running_loop(),
+            f"qrexec.{options.domid}",
+            self._local,
+            self._folded,
+            links=(f"qrexec.uuid:{options.uuid}", f"qrexec.{options.name}"),
+            umask=0,
+        )
         os.umask(0o077)
 
     def _close_sockets(self) -> None:
         if self._endpoint is not None and self._endpoint.local is not None:
-            for link in self._names()[:2]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(link)
             self._endpoint.local.close()
             self._endpoint.local = None
 
@@ -261,7 +280,7 @@ class Daemon:
             text = f"{self._handler.describe(request)}: refused: {escape(str(error), 300)}"
             self._folded(text)
         finally:
-            refuse(endpoint, request)
+            await refuse(endpoint, request)
 
     def rejected(self, endpoint: Endpoint, event: Rejected) -> None:
         """Log a request that was refused unseen."""
@@ -276,6 +295,7 @@ class Daemon:
         """Note the end of the control channel."""
         self.log(reason)
         self._broken = broken
+        self._handler.forget()
         self._lost.set()
 
 
@@ -323,7 +343,7 @@ def _run(options: Options, report: int | None) -> int:
     async def life() -> int:
         return await Daemon(options).run(lambda: tell(0))
 
-    status = asyncio.run(life())
+    status = run(life())
     if status == EXIT_STARTUP_TIMEOUT:
         tell(EXIT_STARTUP_TIMEOUT)
     if status < 0:

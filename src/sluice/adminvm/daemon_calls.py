@@ -17,7 +17,7 @@ from sluice.adminvm.daemon_options import Options
 from sluice.adminvm.decision import Decision, Refused, command_for_dom0, command_for_vm
 from sluice.adminvm.dom0 import Dom0Call
 from sluice.adminvm.endpoint import Endpoint
-from sluice.adminvm.link import Request
+from sluice.adminvm.link import Request, Verdict
 from sluice.adminvm.peer import (
     PeerSession,
     ask_policy_daemon,
@@ -26,23 +26,44 @@ from sluice.adminvm.peer import (
     request_execution,
 )
 from sluice.adminvm.qubesd import NOT_HALTED, QubesdError, is_uuid_name
+from sluice.adminvm.served import Served
 from sluice.errors import LocalError, RemoteError, SluiceError
 from sluice.vchan.socketdir import Client
 from sluice.wire.names import escape
 
 DISPOSABLE = "@dispvm:"
 DOM0_PATIENCE = 5.0  # seconds for the data channel of a call that dom0 answers (15)
+ROOM_PATIENCE = 10.0  # seconds that a refusal waits for an agent to read
+MAX_SERVED = 256  # services that dom0 runs for the domain at once: as many as there are ports
 
 
-def refuse(endpoint: Endpoint, request: Request) -> None:
+async def refuse(endpoint: Endpoint, request: Request) -> None:
     """Refuse a request, unless it was connected: by us, or by a local client just now.
 
     A SERVICE_CONNECT that a local client has written already counts (6.3), so what local clients
-    wrote is served first.
+    wrote is served first: when there is room for it, if that comes soon.
     """
-    if endpoint.local is not None:
-        endpoint.local.drain()
-    endpoint.refuse(request)
+    if request.verdict is not Verdict.PENDING:
+        return
+    try:
+        await endpoint.room(ROOM_PATIENCE)
+    finally:
+        if endpoint.local is not None:
+            endpoint.local.drain()
+        endpoint.refuse(request)
+
+
+def _check_wanted(request: Request) -> None:
+    """Start nothing for a call that nobody waits for any more. Raises Refused."""
+    if request.verdict is Verdict.DROPPED:
+        raise Refused("the agent is gone")
+
+
+def _name_of(reply: bytes) -> str:
+    """Read the name of a disposable that was made. Raises RemoteError where there is none."""
+    if not reply:
+        raise RemoteError("qubesd made a disposable without a name")
+    return reply.decode("ascii", "replace")
 
 
 class CallHandler:
@@ -53,7 +74,8 @@ class CallHandler:
         self._options = options
         self._ports = ports
         self._log = log
-        self._served: set[Dom0Call] = set()
+        self._served = Served()
+        self._asking: set[asyncio.Task[None]] = set()
 
     def describe(self, request: Request) -> str:
         """Name a call in a log line."""
@@ -63,20 +85,28 @@ class CallHandler:
 
     def stop(self) -> None:
         """End the services that dom0 runs for calls."""
-        for service in list(self._served):
-            service.close()
-        self._served.clear()
+        self._served.close()
+
+    def forget(self) -> None:
+        """Give up asking policy: the agent that wanted the calls is gone (6.12).
+
+        What is further on is left alone, so that no disposable is left behind; but nothing more is
+        started for a call that is forgotten.
+        """
+        for task in self._asking:
+            task.cancel()
 
     async def handle(self, endpoint: Endpoint, request: Request) -> None:
         """Carry out one call, to the end of what this daemon has to do for it.
 
         Raises a SluiceError or an OSError where the call is refused or fails.
         """
-        decision = await self._decide(request)
+        decision = await self._ask(request)
         for key in decision.unknown_keys:
             self._log(f"policy reply: unknown key {escape(key, 60)} ignored")
         if not decision.allowed:
             raise Refused("denied by policy")
+        _check_wanted(request)
         service = decision.service if decision.service is not None else request.trigger.service
         source = decision.policy_source or self._options.name
         if decision.is_dom0:
@@ -87,6 +117,16 @@ class CallHandler:
             await self._call_domain(endpoint, request, decision, text)
 
     # --- policy ---------------------------------------------------------------------------
+
+    async def _ask(self, request: Request) -> Decision:
+        """Let policy decide; ``forget`` cancels this."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._asking.add(task)
+        try:
+            return await self._decide(request)
+        finally:
+            self._asking.discard(task)
 
     async def _decide(self, request: Request) -> Decision:
         options, trigger = self._options, request.trigger
@@ -111,6 +151,7 @@ class CallHandler:
             if not done.done():
                 done.set_exception(LocalError(f"data channel: {reason}"))
 
+        self._served.check(self._options.name, MAX_SERVED)
         channel = self._ports.allocate(0)
         try:
             endpoint.connect(request, 0, channel.number)
@@ -125,7 +166,7 @@ class CallHandler:
             on_gone=lambda: self._served.discard(service),
             log=lambda line: self._log(f"{self.describe(request)}: {line}"),
         )
-        self._served.add(service)
+        self._served.add(service, self._options.name)
         client = None
         try:
             service.start()
@@ -175,11 +216,11 @@ class CallHandler:
             raise Refused("a disposable may not be started")
         base = decision.selected[len(DISPOSABLE) :]
         by_uuid = decision.target_uuid is not None
-        reply = await self._qubesd("admin.vm.CreateDisposable", base, "uuid" if by_uuid else "")
-        name = reply.decode("ascii", "replace")
+        name = await self._create(base, "uuid" if by_uuid else "")
         if by_uuid and not is_uuid_name(name):
             raise RemoteError("qubesd did not answer with the UUID of a disposable")
         try:
+            _check_wanted(request)
             await self._start(name)
             session = await self._execute(name, text)
             try:
@@ -188,14 +229,27 @@ class CallHandler:
             finally:
                 session.close()
         finally:
-            # The source need not wait for the end of a disposable that it never got.
-            refuse(endpoint, request)
-            await asyncio.shield(self._kill(name))
+            try:
+                # The source need not wait for the end of a disposable that it never got.
+                await refuse(endpoint, request)
+            finally:
+                await asyncio.shield(self._kill(name))
 
     async def _execute(self, name: str, text: bytes) -> PeerSession:
         if "/" in name or not name:
             raise LocalError("policy named an impossible target")
         return await request_execution(f"qrexec.{name}", self._options.domid, text)
+
+    async def _create(self, base: str, payload: str) -> str:
+        """Make a disposable. Where we end meanwhile, what is made all the same is killed."""
+        making = asyncio.ensure_future(self._qubesd("admin.vm.CreateDisposable", base, payload))
+        try:
+            name = _name_of(await asyncio.shield(making))
+        except asyncio.CancelledError:
+            with contextlib.suppress(SluiceError):
+                await self._kill(_name_of(await making))
+            raise
+        return name
 
     async def _start(self, name: str) -> None:
         try:

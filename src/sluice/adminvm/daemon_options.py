@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sluice.agent.options import UsageError, parse_options
+from sluice.vchan.socketdir import atoi
 
 SOCKET_DIR = "/var/run/qubes"
 POLICY_PROGRAM = "/usr/bin/qrexec-policy-exec"
@@ -64,12 +64,6 @@ class Options:
     quiet: bool = False
     nowait: bool = False
     startup_timeout: float | None = STARTUP_TIMEOUT
-
-
-def atoi(text: str) -> int:
-    """Read a number as C's atoi does: what is no number is 0."""
-    found = re.match(r"[ \t\n\v\f\r]*([+-]?[0-9]+)", text)
-    return int(found.group(1)) if found else 0
 
 
 def parse_arguments(arguments: list[str], environ: Mapping[str, str]) -> Options:

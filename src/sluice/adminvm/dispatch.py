@@ -27,8 +27,9 @@ from sluice.adminvm.judge import Judge
 from sluice.adminvm.link import Request, Verdict
 from sluice.adminvm.local import LocalSession
 from sluice.adminvm.run import DomainRun
+from sluice.adminvm.served import Served
 from sluice.adminvm.session import LocalRequest
-from sluice.errors import RemoteError, ResourceError, SluiceError
+from sluice.errors import RemoteError, SluiceError
 from sluice.service.command import HANGUP
 from sluice.vchan.passed import make_pair
 from sluice.wire import messages as wire
@@ -90,7 +91,7 @@ class Dispatcher:
         self._environment = environment
         self._spawn = spawn
         self.numbers = CallNumbers()
-        self._served: dict[Dom0Call, str] = {}  # and the domain whose call it answers
+        self._served = Served()
 
     # --- calls of domains -----------------------------------------------------------------
 
@@ -149,7 +150,9 @@ class Dispatcher:
         await _make_room(source)
         if request.verdict is not Verdict.PENDING:
             raise Refused("the source is gone")
-        self._check_served(source)
+        # The bound is not only that of ``calls``: a service may go on after its caller said that
+        # the call has ended, and after a breach.
+        self._served.check(source.name, source.calls.limit)
         ends = Ends(self._loop, record)
         channel = source.calls.open(0, record.number, outgoing=True, owner=ends.expect("source"))
         try:
@@ -162,19 +165,6 @@ class Dispatcher:
         record.stage("connected")
         self._audit.begin(record)
         await self._serve(source, text, ours, ends, record)
-
-    def _check_served(self, source: DomainRun) -> None:
-        """Bound what dom0 runs for one domain, by what runs and not by what its agent reports.
-
-        A service may go on after its caller said that the call has ended, and after a breach.
-        Raises ResourceError.
-        """
-        limit = source.calls.limit
-        if sum(name == source.name for name in self._served.values()) >= limit:
-            raise ResourceError(f"dom0 answers {limit} calls of the domain already")
-
-    def _service_gone(self, service: Dom0Call) -> None:
-        self._served.pop(service, None)
 
     async def _serve(
         self, source: DomainRun, text: bytes, fds: tuple[int, ...], ends: Ends, record: CallRecord
@@ -191,13 +181,13 @@ class Dispatcher:
             text,
             environment=self._environment,
             on_done=done,
-            on_gone=lambda: self._service_gone(service),
+            on_gone=lambda: self._served.discard(service),
             log=lambda line: source.note(f"call {record.number}: {line}"),
             service_path=self._service_path,
             config_path=self._config_path,
             on_stderr=source.read_stderr,
         )
-        self._served[service] = source.name
+        self._served.add(service, source.name)
         try:
             service.connect(*fds)
             service.start()
@@ -320,9 +310,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the services that dom0 runs."""
-        for service in list(self._served):
-            service.close()
-        self._served.clear()
+        self._served.close()
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ class LocalSession:
 
 
 class LocalServer:
-    """The listening socket ``path`` and its sessions."""
+    """The listening socket ``path``, links to it, and its sessions."""
 
     def __init__(
         self,
@@ -127,13 +127,16 @@ class LocalServer:
         serve: Serve,
         log: Callable[[str], None],
         *,
+        links: Sequence[str] = (),
         umask: int = 0o177,
         max_sessions: int = MAX_SESSIONS,
     ) -> None:
         """Replace, bind and listen. ``serve`` takes each request; what it raises ends the session.
 
-        The socket has its mode (0777 less ``umask``) from its first moment. Raises LocalError
-        where the path is too long or cannot be bound.
+        ``links`` become symbolic links to the socket, in its directory (6.2 step 9); what had
+        their names is replaced. The socket has its mode (0777 less ``umask``) from its first
+        moment. Raises LocalError where the path is too long or one of the names cannot be made;
+        nothing is left of the others then.
         """
         self.loop = loop
         self.path = path
@@ -143,7 +146,14 @@ class LocalServer:
         self.paused = False
         self._max_sessions = max_sessions
         self._closed = False
-        self._listener = _listen(path, umask)
+        self._links = [link for link in links if link != path]
+        try:
+            for link in self._links:
+                _link(path, link)
+            self._listener = _listen(path, umask)
+        except LocalError:
+            self._remove_links()
+            raise
         self._accepting = False
         self._set_accepting(True)
 
@@ -162,8 +172,11 @@ class LocalServer:
             session.listen()
 
     def drain(self) -> None:
-        """Serve everything that clients have already written (the ordering rule of 6.3)."""
-        if self.paused or self._closed:
+        """Serve everything that clients have already written (the ordering rule of 6.3).
+
+        Also while paused: there are no more ports for it than fit in the memory that this takes.
+        """
+        if self._closed:
             return
         self._accept()
         for session in list(self.sessions):
@@ -171,16 +184,24 @@ class LocalServer:
                 pass
 
     def close(self) -> None:
-        """Remove the socket and close all sessions."""
+        """Remove the socket and the links to it, and close all sessions."""
         if self._closed:
             return
         self._closed = True
         self._set_accepting(False)
-        with contextlib.suppress(FileNotFoundError):
+        self._remove_links()
+        with contextlib.suppress(OSError):
             os.unlink(self.path)
         self._listener.close()
         for session in list(self.sessions):
             session.close()
+
+    def _remove_links(self) -> None:
+        """Remove the links, unless they are another's by now."""
+        for link in self._links:
+            with contextlib.suppress(OSError):
+                if os.readlink(link) == os.path.basename(self.path):
+                    os.unlink(link)
 
     def _set_accepting(self, wanted: bool) -> None:
         if wanted and not self._accepting and not self._closed:
@@ -211,6 +232,15 @@ class LocalServer:
     def _accept_again(self) -> None:
         if not self.paused:
             self._set_accepting(True)
+
+
+def _link(path: str, link: str) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        os.symlink(os.path.basename(path), link)
+    except OSError as error:
+        raise LocalError(f"cannot make the link {link}: {error.strerror}") from error
 
 
 def _listen(path: str, umask: int) -> socket.socket:

@@ -24,17 +24,36 @@ from sluice.wire import messages as wire
 from sluice.wire.names import Trigger
 
 PATIENCE = 10.0
+RETRY = 0.002  # seconds between two attempts to connect, doubled each time up to MAX_RETRY
+MAX_RETRY = 0.1
 QUBESD_PATIENCE = 120.0  # starting a domain takes its time
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def _connect(path: str) -> Streams:
+    """Connect, waiting ``PATIENCE`` seconds at most where others are still to be accepted.
+
+    asyncio takes that state (EAGAIN) for a connection, so it gets the socket when it is connected.
+    """
     if len(os.fsencode(path)) > MAX_PATH:
         raise LocalError(f"the path of a socket is longer than {MAX_PATH} bytes: {path}")
+    loop = asyncio.get_running_loop()
+    until, pause = loop.time() + PATIENCE, RETRY
+    sock = None
     try:
-        return await asyncio.open_unix_connection(path)
-    except OSError as error:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        while (code := sock.connect_ex(path)) == errno.EAGAIN and loop.time() < until:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_RETRY)
+        if code:
+            raise OSError(code, os.strerror(code))
+        return await asyncio.open_unix_connection(sock=sock)
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        if not isinstance(error, OSError):
+            raise
         kind = NotRunning if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else LocalError
         raise kind(f"cannot connect to {path}: {error.strerror}") from error
 

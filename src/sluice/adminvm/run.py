@@ -13,8 +13,6 @@ domains into it end by themselves, because its ends of their pipes are gone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
 from typing import Protocol
 
@@ -118,15 +116,14 @@ class DomainRun:
 
     def _serve_dom0(self) -> None:
         """Make the sockets by which dom0's clients reach the domain (6.2 step 9)."""
-        server = f"{self._directory}/qrexec.{self.domid}"
-        self.endpoint.local = LocalServer(self._loop, server, self._local, self._log)
-        for name in self._links():
-            _unlink(name)
-            os.symlink(f"qrexec.{self.domid}", name)
-
-    def _links(self) -> tuple[str, str]:
         prefix = f"{self._directory}/qrexec."
-        return prefix + self.name, f"{prefix}uuid:{self.config.uuid}"
+        self.endpoint.local = LocalServer(
+            self._loop,
+            f"{prefix}{self.domid}",
+            self._local,
+            self._log,
+            links=(f"{prefix}{self.name}", f"{prefix}uuid:{self.config.uuid}"),
+        )
 
     def _local(self, session: LocalSession, request: LocalRequest) -> None:
         self._owner.local_request(self, session, request)
@@ -206,9 +203,6 @@ class DomainRun:
         self.endpoint.close()
         self._flood.flush()
         self._log.flush()
-        for name in self._links():
-            if _points_to(name, f"qrexec.{self.domid}"):
-                _unlink(name)
         if not self._greeted.done():
             self._greeted.set_exception(LocalError(f"{self.name}: {reason}"))
             self._greeted.exception()  # it was looked at, even if nobody waits
@@ -255,15 +249,3 @@ class DomainRun:
         self._end(reason, "Halting")
         if broken and self.running is not None:
             self.running.kill()
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _points_to(path: str, target: str) -> bool:
-    try:
-        return os.readlink(path) == target
-    except OSError:
-        return False

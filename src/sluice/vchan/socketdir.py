@@ -30,18 +30,22 @@ RETRY = 0.01
 _MISSING = (errno.ENOENT, errno.ECONNREFUSED)
 
 
-def own_domain() -> int:
-    """Return our domain number: VCHAN_DOMAIN as C's atoi reads it, 0 when unset (section 2.4)."""
-    text = os.environ.get("VCHAN_DOMAIN", "").lstrip(" \t\n\v\f\r")
+def atoi(text: str) -> int:
+    """Read a number as C's atoi does: what is no number is 0, what does not fit an int wraps."""
+    text = text.lstrip(" \t\n\v\f\r")
     sign = -1 if text.startswith("-") else 1
     digits = text[1:] if text[:1] in ("+", "-") else text
     number = 0
     for character in digits:
         if not "0" <= character <= "9":
             break
-        number = number * 10 + ord(character) - 48
-    # An int of C: what does not fit wraps.
+        number = (number * 10 + ord(character) - 48) & 0xFFFFFFFF
     return (sign * number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def own_domain() -> int:
+    """Return our domain number: VCHAN_DOMAIN as C's atoi reads it, 0 when unset (section 2.4)."""
+    return atoi(os.environ.get("VCHAN_DOMAIN", ""))
 
 
 def socket_path(server: int, client: int, port: int, directory: str | None = None) -> str:
