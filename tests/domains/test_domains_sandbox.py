@@ -196,19 +196,6 @@ def test_what_is_not_enforced_is_a_feature_of_dom0(tmp_path: Path) -> None:
     assert dom0.feature("sandbox.per-process") == "maxmem sandbox.pids-max"
 
 
-def test_limits_are_written_and_changed(tmp_path: Path) -> None:
-    found = {"pids": (limits.V1, tmp_path / "p"), "memory": (limits.V2, tmp_path / "m")}
-    for _, group in found.values():
-        (group / "work").mkdir(parents=True)
-    held = limits.DomainLimits(limits.Controllers(found), "work", limits.Wanted(5 << 20, 50, 1))
-    held.change(limits.Wanted(7 << 20, 70, 3))
-    assert (tmp_path / "p/work/pids.max").read_text() == "70"
-    assert (tmp_path / "m/work/memory.max").read_text() == str(7 << 20)
-    assert (tmp_path / "m/work/memory.swap.max").read_text() == "0"
-    assert (tmp_path / "m/work/memory.oom.group").read_text() == "1"
-    assert {limit.name: limit.value for limit in held.limits()}["processes"] == "70"
-
-
 def test_wanted_limits() -> None:
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     domain = DomainConfig("w", 1, UUID, maxmem=1 << 30, features={"sandbox.pids-max": "12"})

@@ -260,6 +260,7 @@ class AdminVM:
         try:
             await run.start()
             self.log(f"{run.name}: running")
+            self._tell_unlimited(run)
             started.set_result(run)
         except (SluiceError, OSError) as error:
             failure = error if isinstance(error, SluiceError) else LocalError(str(error))
@@ -275,6 +276,13 @@ class AdminVM:
                 if self._runs.get(run.name) is run:
                     del self._runs[run.name]
                 self.log(f"{run.name}: halted ({run.reason})")
+
+    def _tell_unlimited(self, run: DomainRun) -> None:
+        """Say once for each start which limits nothing holds (12.5)."""
+        limits = run.running.limits() if run.running is not None else []
+        names = [limit.name for limit in limits if limit.by == "none"]
+        if names:
+            self.log(f"{run.name}: nothing holds its limit of {', '.join(names)} here")
 
     async def stop_domain(self, name: str, *, kill: bool = False) -> None:
         """End a domain and wait until nothing of it is left. Raises LocalError if it is halted."""

@@ -15,11 +15,14 @@ import errno
 import hashlib
 import os
 import resource
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sluice.domains.model import DomainConfig
+from sluice.domains.sandbox import rlimits
 from sluice.domains.sandbox.base import Limit
+from sluice.errors import LocalError
 
 MIB = 1 << 20
 DEFAULT_PIDS = 4096
@@ -27,6 +30,7 @@ CPU_PERIOD = 100_000  # microseconds
 MAX_DESCRIPTORS = 1024
 AGENT_DESCRIPTORS = 4096
 CONTROLLERS = ("memory", "pids", "cpu")
+_NAMES = {"memory": "memory", "pids": "processes", "cpu": "cpus"}
 
 V2 = "cgroup2"
 V1 = "cgroup1"
@@ -165,6 +169,8 @@ class DomainLimits:
         self._controllers = controllers
         self.name = name
         self._held: dict[str, str] = {}
+        self._pid = -1
+        # What is in force, or will be with the start.
         self.wanted = limits
 
     def _groups(self) -> list[Path]:
@@ -176,48 +182,93 @@ class DomainLimits:
         An agent that shares its user id with everything else needs more descriptors than its
         services may have, which it then limits itself (see sluice.agent.users).
         """
-        for group in self._groups():
+        self._pid = pid
+        for kind, directory in dict.fromkeys(self._controllers.found.values()):
             with contextlib.suppress(OSError):
-                group.mkdir(parents=True, exist_ok=True)
-                (group / "cgroup.procs").write_text(str(pid))
-        self.change(self.wanted)
-        descriptors = MAX_DESCRIPTORS if agent_has_own_id else AGENT_DESCRIPTORS
-        _rlimit(pid, resource.RLIMIT_NOFILE, descriptors)
-        _rlimit(pid, resource.RLIMIT_CORE, 0)
-        _rlimit(pid, resource.RLIMIT_MEMLOCK, 8 * MIB)
-        if self._held["memory"] == NONE and _rlimit(pid, resource.RLIMIT_AS, self.wanted.memory):
-            self._held["memory"] = RLIMIT
-        # Beside a pids controller this one is counted for a user id in its namespace.
-        if _rlimit(pid, resource.RLIMIT_NPROC, self.wanted.pids) and self._held["pids"] == NONE:
-            self._held["pids"] = RLIMIT
-
-    def change(self, limits: Wanted) -> None:
-        """Set other values while the domain runs; what only a start can set stays as it is."""
-        self.wanted = limits
-        quota = limits.cpus * CPU_PERIOD
-        values: dict[tuple[str, str], list[tuple[str, int | str]]] = {
-            ("memory", V2): [("memory.max", limits.memory), ("memory.swap.max", 0)],
-            ("memory", V1): [
-                ("memory.limit_in_bytes", limits.memory),
-                ("memory.memsw.limit_in_bytes", limits.memory),
-                # Once more: where the limit rises, the other one has to rise before it.
-                ("memory.limit_in_bytes", limits.memory),
-            ],
-            ("pids", V2): [("pids.max", limits.pids)],
-            ("pids", V1): [("pids.max", limits.pids)],
-            ("cpu", V2): [("cpu.max", f"{quota} {CPU_PERIOD}")],
-            ("cpu", V1): [("cpu.cfs_period_us", CPU_PERIOD), ("cpu.cfs_quota_us", quota)],
-        }
+                _make_below(directory, kind, self.name)
+                (directory / self.name / "cgroup.procs").write_text(str(pid))
         for controller in CONTROLLERS:
             kind = self._controllers.kind(controller)
-            if kind == NONE:
-                self._held.setdefault(controller, NONE)
+            held = kind != NONE and self._write(controller, kind, self.wanted)
+            self._held[controller] = kind if held else NONE
+        descriptors = MAX_DESCRIPTORS if agent_has_own_id else AGENT_DESCRIPTORS
+        rlimits.lower(pid, resource.RLIMIT_NOFILE, descriptors)
+        rlimits.lower(pid, resource.RLIMIT_CORE, 0)
+        rlimits.lower(pid, resource.RLIMIT_MEMLOCK, 8 * MIB)
+        wanted = self.wanted
+        if self._held["memory"] == NONE:
+            memory = rlimits.lower(pid, resource.RLIMIT_AS, wanted.memory)
+            if memory is not None:
+                self._held["memory"], wanted = RLIMIT, replace(wanted, memory=memory)
+        # Beside a pids controller this one is counted for a user id in its namespace.
+        pids = rlimits.lower(pid, resource.RLIMIT_NPROC, wanted.pids)
+        if pids is not None and self._held["pids"] == NONE:
+            self._held["pids"], wanted = RLIMIT, replace(wanted, pids=pids)
+        self.wanted = wanted
+
+    def change(self, limits: Wanted) -> None:
+        """Set other values while the domain runs. What cannot be set stays as it is.
+
+        Raises LocalError that tells which limits those are, when all others are set.
+        """
+        failures = []
+        for controller, field in zip(CONTROLLERS, ("memory", "pids", "cpus"), strict=True):
+            value = getattr(limits, field)
+            if value == getattr(self.wanted, field):
                 continue
-            group = self._controllers.found[controller][1] / self.name
-            wrote = [_write(group / file, value) for file, value in values[controller, kind]]
-            self._held[controller] = kind if wrote[0] or wrote[-1] else NONE
-        if self._controllers.kind("memory") == V2:
-            _write(self._controllers.found["memory"][1] / self.name / "memory.oom.group", 1)
+            failure = self._change_one(controller, limits)
+            if failure:
+                failures.append(f"{_NAMES[controller]} stays as it is: {failure}")
+            else:
+                self.wanted = replace(self.wanted, **{field: value})
+        if failures:
+            raise LocalError(f"{self.name}: {'; '.join(failures)}")
+
+    def _change_one(self, controller: str, limits: Wanted) -> str:
+        """Set one limit to another value; return why that failed, empty where it did not."""
+        held = self._held.get(controller, NONE)
+        if held == NONE:
+            return "nothing holds it here"
+        if held != RLIMIT:
+            if self._write(controller, held, limits):
+                return ""
+            self._write(controller, held, self.wanted)  # none of it rather than half
+            in_use = controller == "memory" and self.usage().get("memory", 0) > limits.memory
+            return "the domain uses more" if in_use else "the kernel refuses the value"
+        what = resource.RLIMIT_AS if controller == "memory" else resource.RLIMIT_NPROC
+        value = limits.memory if controller == "memory" else limits.pids
+        return "" if rlimits.lower_for_all(self._pid, what, value) else "only a start can raise it"
+
+    def _write(self, controller: str, kind: str, limits: Wanted) -> bool:
+        """Write one limit into the files of the domain's group; tell whether it is in force."""
+        quota = limits.cpus * CPU_PERIOD
+        # Each: the file that counts, then what is written in this order.
+        files: dict[tuple[str, str], tuple[str, list[tuple[str, int | str]]]] = {
+            ("memory", V2): (
+                "memory.max",
+                [("memory.oom.group", 1), ("memory.swap.max", 0), ("memory.max", limits.memory)],
+            ),
+            ("memory", V1): (
+                "memory.limit_in_bytes",
+                [
+                    ("memory.limit_in_bytes", limits.memory),
+                    ("memory.memsw.limit_in_bytes", limits.memory),
+                    # Once more: where the limit rises, the other one has to rise before it.
+                    ("memory.limit_in_bytes", limits.memory),
+                ],
+            ),
+            ("pids", V2): ("pids.max", [("pids.max", limits.pids)]),
+            ("pids", V1): ("pids.max", [("pids.max", limits.pids)]),
+            ("cpu", V2): ("cpu.max", [("cpu.max", f"{quota} {CPU_PERIOD}")]),
+            ("cpu", V1): (
+                "cpu.cfs_quota_us",
+                [("cpu.cfs_period_us", CPU_PERIOD), ("cpu.cfs_quota_us", quota)],
+            ),
+        }
+        group = self._controllers.found[controller][1] / self.name
+        counts, values = files[controller, kind]
+        wrote = [(name, _write(group / name, value)) for name, value in values]
+        return (counts, True) in wrote
 
     def memory_event(self) -> int:
         """Return a descriptor that is readable once the kernel has ended something for memory.
@@ -299,10 +350,26 @@ def sweep(controllers: Controllers) -> None:
 
 
 def _kill_members(group: Path) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        for line in (group / "cgroup.procs").read_text().split():
+    """End what is in a group, where the kernel cannot do it at once."""
+    handles: dict[int, int] = {}
+    try:
+        for pid in _members(group):
             with contextlib.suppress(OSError):
-                os.kill(int(line), 9)
+                handles[pid] = os.pidfd_open(pid)
+        # Who is in it still is the one that we hold: no number was given out anew meanwhile.
+        for pid in handles.keys() & _members(group):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(handles[pid], signal.SIGKILL)
+    finally:
+        for descriptor in handles.values():
+            os.close(descriptor)
+
+
+def _members(group: Path) -> set[int]:
+    try:
+        return set(map(int, (group / "cgroup.procs").read_text().split()))
+    except (OSError, ValueError):
+        return set()
 
 
 def _write(path: Path, value: int | str) -> bool:
@@ -314,13 +381,15 @@ def _write(path: Path, value: int | str) -> bool:
     return True
 
 
-def _rlimit(pid: int, what: int, value: int) -> bool:
-    """Lower one limit of another process; never above what it has."""
-    try:
-        _, hard = resource.prlimit(pid, what)
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
-        resource.prlimit(pid, what, (value, value))
-    except (OSError, ValueError):
-        return False
-    return True
+def _make_below(directory: Path, kind: str, name: str) -> None:
+    """Make a domain's group in the system's, and that one where another system removed it.
+
+    It removes all empty ones at its end, see ``remove_groups``. Raises OSError.
+    """
+    for _ in range(10):
+        try:
+            (directory / name).mkdir(exist_ok=True)
+            return
+        except FileNotFoundError:
+            _make_group(directory, kind)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
