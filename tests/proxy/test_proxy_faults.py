@@ -57,15 +57,15 @@ def one_fault(qube: Vm, seed: int) -> None:
                 kill(pid)
     try:
         # A call that nothing happened to ends when all is moved; one with a GiB is cut short.
-        process.wait(4)
+        process.wait(20)
     except subprocess.TimeoutExpired:
         assert victim in ("target", "program"), f"seed {seed}: hung after the {victim} was killed"
         process.terminate()
-        process.wait(4)
+        process.wait(20)
     for helper in (feeder, drain):
         helper.kill()
         helper.wait()
-    eventually(lambda: not any(alive(pid) for pid in qube.pids()), 4, f"seed {seed}: left over")
+    eventually(lambda: not any(alive(pid) for pid in qube.pids()), what=f"seed {seed}: left over")
 
 
 def kill(pid: int) -> None:
@@ -147,7 +147,6 @@ def test_without_a_place_for_the_state_calls_are_made_all_the_same(qube: Vm) -> 
     assert len(qube.records()) == 1
 
 
-@pytest.mark.alone
 @pytest.mark.spec("PROXY-054", "PROXY-055")
 def test_calls_at_once_are_bounded_where_each_is_a_process_too(qube: Vm) -> None:
     qube.configure("", "max_calls = 3\nmax_calls_source = 2\n")
@@ -155,9 +154,8 @@ def test_calls_at_once_are_bounded_where_each_is_a_process_too(qube: Vm) -> None
     running = [qube.start("pass+vault+mirror", source=s) for s in ("work", "work", "personal")]
     eventually(lambda: len(qube.pids()) == 3)
     for source, reason in (("work", "max_calls_source"), ("other", "(max_calls)")):
-        begun = time.monotonic()
         assert qube.call("pass+vault+mirror", b"x", source=source).returncode == 126
-        assert time.monotonic() - begun < 2
+        assert all(process.poll() is None for process in running), "it did not wait for a place"
         record = qube.records()[-1]
         assert record["cause"] == "busy" and reason in record["reason"]
     running[0].kill()
@@ -165,7 +163,7 @@ def test_calls_at_once_are_bounded_where_each_is_a_process_too(qube: Vm) -> None
     assert qube.call("pass+vault+mirror", b"x", source="work").stdout == b"x"
     for process in running[1:]:
         process.stdin.close()
-        assert process.wait(5) == 0
+        assert process.wait(20) == 0
 
 
 def test_places_of_calls_that_are_over_leave_nothing_behind(qube: Vm) -> None:
