@@ -147,7 +147,7 @@ def test_a_line_without_end_is_cut() -> None:
     sink = LineSink(Clock(), b"t", written.append)
     sink.feed(b"x" * 5000)
     assert [len(line) for line in written] == [1027] * 4
-    assert len(sink._held) < 1024
+    assert len(sink._partial) < 1024
 
 
 def test_a_flood_is_folded_until_it_ebbs() -> None:
@@ -215,6 +215,45 @@ def test_what_a_slow_logger_does_not_take_is_held_and_then_dropped(logger: Path)
     drive(loop, lambda: sink._fd < 0)
     os.waitpid(pids[0], 0)
     assert logger.stat().st_size > 65536
+
+
+def test_a_flood_to_the_system_log_is_folded(logger: Path) -> None:
+    clock = Clock()
+    pids: list[int] = []
+    sink = LoggerSink(clock, b"t", pids.append)
+    sink.feed(b"line\n" * 1000)
+    clock.now = 1.0
+    sink.feed(b"later\n" * 2 + b"flood\n" * 100 + b"no end")
+    sink.close()
+    os.waitpid(pids[0], 0)
+    lines = logger.read_text().splitlines()
+    assert lines[:201] == ["-t t", *["line"] * 200]
+    assert lines[201:] == ["(800 lines left out)", "later", "later", *["flood"] * 48,
+                           "(53 lines left out)"]  # fmt: skip
+
+
+def test_bytes_of_any_kind_reach_the_system_log_as_they_are(logger: Path) -> None:
+    pids: list[int] = []
+    sink = LoggerSink(Reactor(), b"t", pids.append)
+    raw = bytes(b for b in range(256) if b != 10)
+    sink.feed(raw[:100])
+    sink.feed(raw[100:] + b"\n\nx")
+    sink.close()
+    os.waitpid(pids[0], 0)
+    assert logger.read_bytes() == b"-t t\n" + raw + b"\n\nx\n"
+
+
+def test_a_logger_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logger").write_text("#!/bin/sh\nexec <&-\n")
+    (tmp_path / "logger").chmod(0o755)
+    monkeypatch.setitem(os.environ, "PATH", f"{tmp_path}:{os.environ['PATH']}")
+    pids: list[int] = []
+    sink = LoggerSink(Reactor(), b"t", pids.append)
+    os.waitpid(pids[0], 0)
+    sink.feed(b"no end")
+    sink.close()
+    assert sink._fd == -1
+    sink.close()
 
 
 def test_a_logger_that_cannot_be_started_or_dies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """What an agent logs: its own lines, and the stderr of services.
 
 Theory. On a machine with a system log the stderr of a service goes to a ``logger`` process, as
-section 9.6 has it. Where there is none, as in a sandbox, lines ``<descriptor>-<source>: text`` go
-to the agent's own stderr, which the AdminVM reads. Both are a courtesy that must never hold up a
-call: what the log does not take is dropped, and a service that floods it is folded into a count.
-Everything is escaped, for what a service writes may come from anywhere.
+section 9.6 has it, line by line. Where there is none, as in a sandbox, lines
+``<descriptor>-<source>: text`` go to the agent's own stderr, which the AdminVM reads. Both are a
+courtesy that must never hold up a call: what the log does not take is dropped, and of a service
+that floods it the surplus is only counted. What we write ourselves is escaped, for what a service
+writes may come from anywhere; a system log sees to that by itself.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Allowance:
         self._left -= 1
         return True
 
+    def leave(self) -> None:
+        """Count a line that was allowed but could not be written."""
+        self._folded += 1
+
     def folded(self) -> str:
         """Return a remark on the lines left out since the last time, empty where there are none."""
         count, self._folded = self._folded, 0
@@ -92,8 +97,51 @@ def write_line(text: str) -> None:
         pass
 
 
-class LineSink:
-    """Takes the stderr of one call as bytes and writes escaped lines, folding a flood."""
+class Lines:
+    """Takes the stderr of one call as bytes, and gives lines, folding a flood. A base class."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Take a clock in seconds."""
+        self._partial = bytearray()
+        self._allowance = Allowance(clock)
+
+    def _put(self, untrusted_line: bytes) -> bool:
+        """Write one line; False where it was dropped."""
+        raise NotImplementedError
+
+    def feed(self, untrusted_data: bytes | memoryview) -> None:
+        """Take bytes as they came."""
+        self._partial += untrusted_data
+        if b"\n" not in self._partial and len(self._partial) < MAX_LINE:
+            return
+        *lines, rest = bytes(self._partial).split(b"\n")
+        while len(rest) >= MAX_LINE:
+            lines.append(rest[:MAX_LINE])
+            rest = rest[MAX_LINE:]
+        self._partial = bytearray(rest)
+        for line in lines:
+            self._emit(line)
+
+    def _emit(self, untrusted_line: bytes) -> None:
+        if self._allowance.take():
+            self._tell_folded()
+            if not self._put(untrusted_line):
+                self._allowance.leave()
+
+    def _tell_folded(self) -> None:
+        if remark := self._allowance.folded():
+            self._put(remark.encode())
+
+    def _end(self) -> None:
+        """Write what is left of the last line."""
+        if self._partial:
+            self._emit(bytes(self._partial))
+            self._partial.clear()
+        self._tell_folded()
+
+
+class LineSink(Lines):
+    """Writes the stderr of one call as escaped lines."""
 
     def __init__(
         self,
@@ -102,41 +150,19 @@ class LineSink:
         write: Callable[[str], None] = write_line,
     ) -> None:
         """Take the call's identity, which stands before every line."""
+        super().__init__(loop.time)
         self._loop = loop
         self._tag = escape(tag)
         self._write = write
-        self._held = bytearray()
-        self._allowance = Allowance(loop.time)
         self._fd = -1
 
-    def feed(self, untrusted_data: bytes | memoryview) -> None:
-        """Take bytes as they came."""
-        self._held += untrusted_data
-        if b"\n" not in self._held and len(self._held) < MAX_LINE:
-            return
-        *lines, rest = bytes(self._held).split(b"\n")
-        while len(rest) >= MAX_LINE:
-            lines.append(rest[:MAX_LINE])
-            rest = rest[MAX_LINE:]
-        self._held = bytearray(rest)
-        for line in lines:
-            self._emit(line)
-
-    def _emit(self, untrusted_line: bytes) -> None:
-        if self._allowance.take():
-            self._tell_folded()
-            self._write(f"{self._tag}: {escape(untrusted_line, MAX_LINE)}")
-
-    def _tell_folded(self) -> None:
-        if remark := self._allowance.folded():
-            self._write(f"{self._tag}: {remark}")
+    def _put(self, untrusted_line: bytes) -> bool:
+        self._write(f"{self._tag}: {escape(untrusted_line, MAX_LINE)}")
+        return True
 
     def close(self) -> None:
         """Write what is left of the last line."""
-        if self._held:
-            self._emit(bytes(self._held))
-            self._held.clear()
-        self._tell_folded()
+        self._end()
 
     def take_stderr(self) -> int:
         """Return a descriptor that a process can have as its stderr (JUST_EXEC, 7.4.5).
@@ -161,11 +187,12 @@ class LineSink:
         self.close()
 
 
-class LoggerSink:
-    """Passes the stderr of one call to the stdin of ``logger -t TAG`` (9.6)."""
+class LoggerSink(Lines):
+    """Passes the stderr of one call to the stdin of ``logger -t TAG``, line by line (9.6)."""
 
     def __init__(self, loop: Loop, tag: bytes, spawned: Callable[[int], None]) -> None:
         """Start the process, whose id goes to ``spawned``. Its failure is nobody's concern."""
+        super().__init__(loop.time)
         self._loop = loop
         self._held = bytearray()
         self._closing = False
@@ -189,15 +216,14 @@ class LoggerSink:
             own_limit.restore()
             os.close(reading)
 
-    def feed(self, untrusted_data: bytes | memoryview) -> None:
-        """Pass bytes on; what cannot be held is dropped."""
-        if self._fd < 0:
-            return
+    def _put(self, untrusted_line: bytes) -> bool:
+        if self._fd < 0 or len(self._held) + len(untrusted_line) >= MAX_HELD:
+            return False
         if not self._writing:
             os.set_blocking(self._fd, False)
-        if len(self._held) + len(untrusted_data) <= MAX_HELD:
-            self._held += untrusted_data
+        self._held += untrusted_line + b"\n"
         self._flush()
+        return True
 
     def _flush(self) -> None:
         try:
@@ -221,8 +247,9 @@ class LoggerSink:
     def close(self) -> None:
         """End the log as soon as what is held has been passed on."""
         if self._fd >= 0 and not self._closing:
+            self._end()
             self._closing = True
-            if not self._writing:
+            if self._fd >= 0 and not self._writing:
                 self._flush()
 
     def take_stderr(self) -> int:
