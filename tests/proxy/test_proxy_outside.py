@@ -77,12 +77,26 @@ def test_its_hang_is_ended_by_the_timeout_and_nothing_of_it_is_left(qube: Vm) ->
     marker = f"7{os.getpid()}"
     qube.chain("hang", f"{{ use = 'program', src2dst = ['sleep', '{marker}'], timeout = '300ms' }}")
     process = qube.start("hang+vault+mirror")
-    assert process.wait(5) == 126
+    assert process.wait(20) == 126
     assert "has not ended after 300ms" in qube.records()[0]["reason"]
-    found = [
-        entry for entry in os.listdir("/proc") if entry.isdigit() and marker in _command_line(entry)
-    ]
-    assert found == []
+    assert not _running(marker)
+
+
+@confines
+@pytest.mark.spec("PROXY-047")
+@pytest.mark.parametrize(("last", "code"), [("cat", 0), ("exit 3", 126), ("wait", 126)])
+def test_what_it_started_ends_with_the_call(qube: Vm, last: str, code: int) -> None:
+    """However the program ends: by itself, by its crash, by the timeout."""
+    marker = f"{len(last)}{os.getpid()}"
+    text = f"sleep {marker} >/dev/null 2>&1 & {last}"
+    qube.chain("parent", f"{{ use = 'program', src2dst = {shell(text)}, timeout = '5s' }}")
+    assert qube.call("parent+vault+mirror", b"hello").returncode == code
+    assert not _running(marker)
+
+
+def _running(marker: str) -> list[str]:
+    """Return the processes that have ``marker`` in their command line."""
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and marker in _command_line(pid)]
 
 
 def _command_line(pid: str) -> str:

@@ -156,15 +156,13 @@ class Outside:
     # --- the end ----------------------------------------------------------------------------------
 
     def _exited(self) -> None:
-        self._reap()
+        """See how it ended. It is reaped at the end: until then its group's number is its own."""
+        self._loop.remove_reader(self._pidfd)
+        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        by_itself = ended.si_code == os.CLD_EXITED
+        self._status = ended.si_status if by_itself else -ended.si_status
         self._check_end()
-
-    def _reap(self) -> None:
-        if self._pidfd >= 0:
-            self._loop.remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def _check_end(self) -> None:
         """It is over when it has exited and all that it wrote is read; a failure is told at once.
@@ -183,11 +181,16 @@ class Outside:
         """End it and what it started, at once, and reap it. No callback comes any more."""
         self.ended = True
         if self._pidfd >= 0:
-            try:
-                os.killpg(self.pid, 9)
-            except (ProcessLookupError, PermissionError):
-                os.kill(self.pid, 9)
-            self._reap()
+            if self._status is None:
+                self._loop.remove_reader(self._pidfd)
+            for end in (os.killpg, os.kill):
+                try:
+                    end(self.pid, 9)
+                except (ProcessLookupError, PermissionError):
+                    continue
+            os.close(self._pidfd)
+            self._pidfd = -1
+            os.waitpid(self.pid, 0)
         self.close_input()
         for fd in (self._out, self._err):
             if fd >= 0:
