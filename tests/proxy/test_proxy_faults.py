@@ -149,11 +149,14 @@ def test_without_a_place_for_the_state_calls_are_made_all_the_same(qube: Vm) -> 
 
 @pytest.mark.spec("PROXY-054", "PROXY-055")
 def test_calls_at_once_are_bounded_where_each_is_a_process_too(qube: Vm) -> None:
-    qube.configure("", "max_calls = 3\nmax_calls_source = 2\n")
+    qube.configure("", "max_calls = 4\nmax_calls_source = 2\n")
     qube.chain("pass", '"pass"')
     running = [qube.start("pass+vault+mirror", source=s) for s in ("work", "work", "personal")]
     eventually(lambda: len(qube.pids()) == 3)
     for source, reason in (("work", "max_calls_source"), ("other", "(max_calls)")):
+        if source == "other":
+            running.append(qube.start("pass+vault+mirror", source="banking"))
+            eventually(lambda: len(qube.pids()) == 4)
         assert qube.call("pass+vault+mirror", b"x", source=source).returncode == 126
         assert all(process.poll() is None for process in running), "it did not wait for a place"
         record = qube.records()[-1]
@@ -185,3 +188,15 @@ def test_the_log_of_a_server_does_not_grow_without_end(
     assert sorted(os.listdir(tmp_path)) == ["log", "log.1"]
     assert all(file.stat().st_size < 11_000 for file in tmp_path.iterdir())
     assert "refused: 999" in path.read_text() + (tmp_path / "log.1").read_text()
+
+
+@pytest.mark.spec("PROXY-053")
+def test_whatever_is_written_to_the_log_is_one_plain_line(tmp_path: Path) -> None:
+    """Also what somebody forgot to escape before it got here."""
+    log = proxy_log.Log(str(tmp_path / "log"))
+    log.write("a\x1b[31mred\nforged: line\r\u202e\x9b")
+    log.of_call("id", 10)("\x07second")
+    log.close()
+    first, second = (tmp_path / "log").read_bytes().decode("ascii").splitlines()
+    assert first.endswith(r": a\x1b[31mred\x0aforged: line\x0d\u202e\x9b")
+    assert second.endswith(r": [id] \x07second")

@@ -15,7 +15,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from sluice.proxy import recording
+from sluice.proxy import recording, state
 from sluice.proxy.filters import count as counting
 from sluice.proxy.filters.concurrent import Concurrent
 from sluice.proxy.filters.content import Content
@@ -95,6 +95,7 @@ def test_throttle_never_passes_more_than_rate_times_time_plus_burst(
 ) -> None:
     book = play(Throttle, src2dst=rate, burst=burst).open()
     sent = got = b""
+    seen = [(0.0, 0)]
     for size, pause in steps:
         if not book.chain.paused[SRC2DST]:
             piece = os.urandom(size)
@@ -104,12 +105,23 @@ def test_throttle_never_passes_more_than_rate_times_time_plus_burst(
         for _ in range(4):
             book.advance(pause / 4)
             got += book.take(SRC2DST)
-            assert len(got) <= rate * book.now + burst + 1e-6
+            # From whatever moment on: what was not used before cannot be saved up.
+            for moment, size in seen:
+                assert len(got) - size <= rate * (book.now - moment) + burst + 1e-6
+            seen.append((book.now, len(got)))
     book.end(SRC2DST)
     book.advance(len(sent) / rate + 10)
     got += book.take(SRC2DST)
     assert got == sent
     book << ends(SRC2DST)
+
+
+@pytest.mark.spec("PROXY-035")
+def test_throttle_lets_a_burst_pass_after_a_pause_however_long() -> None:
+    book = play(Throttle, src2dst=10, burst=100).open()
+    book >> data(SRC2DST, b"x" * 100) << passes(b"x" * 100)
+    book >> after(3600)
+    book >> data(SRC2DST, b"y" * 300) << passes(b"y" * 100) << paused(SRC2DST)
 
 
 @pytest.mark.spec("PROXY-035")
@@ -139,7 +151,8 @@ def test_streamline_releases_full_blocks_after_its_delays() -> None:
     book >> after(0.9) << paused(SRC2DST)
     book >> after(0.1) << paused(SRC2DST, False)
     book >> data(SRC2DST, b"abcd") << nothing() << paused(SRC2DST, False)
-    book >> data(SRC2DST, b"efghijkl") << nothing() << paused(SRC2DST)
+    book >> data(SRC2DST, b"efghi") << nothing() << paused(SRC2DST, False)
+    book >> data(SRC2DST, b"jkl") << nothing() << paused(SRC2DST)
     book >> after(3.9) << nothing()
     book >> after(0.1) << passes(b"abcdefghij") << paused(SRC2DST)
     book >> after(1) << paused(SRC2DST, False)
@@ -552,11 +565,11 @@ def test_count_per_chain_per_source_per_call(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"junk", b"\xff\xfe", b"sluice-count 1 180.0\n1.0\n"])
 def test_count_refuses_where_the_state_is_unreadable(tmp_path: Path, damage: bytes) -> None:
     assert attempt(tmp_path)
-    (state,) = (p for p in (tmp_path / "count").iterdir() if len(p.name) == 64)
-    state.write_bytes(damage)
+    (kept,) = (p for p in (tmp_path / "count").iterdir() if len(p.name) == 64)
+    kept.write_bytes(damage)
     assert not attempt(tmp_path)
-    state.unlink()
-    state.mkdir()
+    kept.unlink()
+    kept.mkdir()
     assert not attempt(tmp_path)
 
 
@@ -590,6 +603,29 @@ def test_count_refuses_the_10001st_key_until_old_ones_are_out_of_their_interval(
     monkeypatch.setattr(counting, "_scanned", {})
     assert attempt(tmp_path, 1e9 + 101)
     assert len(list(where.iterdir())) < 10
+
+
+@pytest.mark.spec("PROXY-033")
+def test_count_waits_for_who_holds_the_state_and_then_refuses(tmp_path: Path) -> None:
+    where = state.directory(str(tmp_path), "count")
+    lock = state.try_lock(f"{where}/lock")
+    assert lock is not None
+    books = [play(Count, limit=1, interval="1h", state=str(tmp_path)).open() for _ in range(2)]
+    assert [book.chain.state for book in books] == ["opening", "opening"]
+    books[0].advance(1)
+    assert books[0].chain.state == "opening"
+    os.close(lock)
+    books[0].advance(0.1)
+    books[0] << begins()
+    books[1].advance(0.1)
+    books[1] << aborts("1 calls in 1h, 1 are allowed")
+
+    lock = state.try_lock(f"{where}/lock")
+    assert lock is not None
+    late = play(Count, limit=9, interval="1h", state=str(tmp_path)).open()
+    late.advance(6)
+    late << aborts("locked by another process")
+    os.close(lock)
 
 
 WORKER = """

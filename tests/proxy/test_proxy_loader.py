@@ -154,8 +154,10 @@ def test_an_installed_filter_is_found_by_its_entry_point_and_not_loaded_unless_n
     info = site / "shouter-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shouter\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[sluice.filters]\nupper = shouter:Upper\n")
+    points = "[sluice.filters]\nupper = shouter:Upper\nother = whisperer:Other\n"
+    (info / "entry_points.txt").write_text(points)
     (site / "shouter.py").write_text(f"print('loaded')\n{GOOD}")
+    (site / "whisperer.py").write_text("print('the other one too')\n")
     config = tmp_path / "proxy.toml"
     for use, loaded in (("upper", True), ("pass", False)):
         config.write_text(f"[chains.x]\nfilters = ['{use}']\n")
@@ -167,6 +169,7 @@ def test_an_installed_filter_is_found_by_its_entry_point_and_not_loaded_unless_n
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("loaded" in done.stdout) is loaded
+        assert "the other one too" not in done.stdout
         assert f"1. {use}" in done.stdout
 
 

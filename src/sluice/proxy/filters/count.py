@@ -77,7 +77,8 @@ class Count:
 
     def timer(self, key: str) -> Answer:
         """Try again to get the lock."""
-        return self._try(self._link.call)
+        answer = self._try(self._link.call)
+        return () if answer is HOLD else answer
 
     def _try(self, call: Call) -> Answer:
         base = self._options.state or self._link.state_directory
