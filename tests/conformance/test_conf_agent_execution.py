@@ -275,6 +275,28 @@ def test_a_command_that_ends_with_its_caller(place: Place, unread: int) -> None:
 
 
 @pytest.mark.spec("WIRE-254")
+@pytest.mark.parametrize("end", ["reading", "inside a message"])
+def test_what_is_left_behind_ends_too_when_the_command_ends_by_the_loss(
+    place: Place, end: str
+) -> None:
+    """The command itself has ended before it could be told that its caller is gone."""
+    agent = AgentUnderTest(place)
+    wire = agent.call(ME + b":: hangup; sleep 1000 & echo $!; exec cat")
+    message = wire.next()
+    assert message is not None and message[0] == STDOUT
+    left = int(message[1])
+    assert isinstance(wire.writer, socket.socket)
+    if end == "reading":
+        wire.writer.shutdown(socket.SHUT_WR)
+    else:
+        wire.send(struct.pack("<II", STDIN, 100) + b"part")
+        wire.close()
+    until(lambda: not alive(left), "the end of what was left")
+    agent.terminated(43, 1024)
+    wire.close()
+
+
+@pytest.mark.spec("WIRE-254")
 def test_the_end_of_input_is_no_end_of_the_caller(place: Place) -> None:
     agent = AgentUnderTest(place)
     wire = agent.call(ME + b":: hangup; cat; sleep 0.2; echo end")

@@ -224,6 +224,16 @@ def test_an_interrupted_command_ends_by_the_signal() -> None:
     assert done.stderr == b""
 
 
+def test_an_error_of_the_system_is_told_without_its_number() -> None:
+    program = (
+        "import sluice.cli.common as c\n"
+        "@c.tell_errors\ndef f(): open('/etc/passwd/x')\n"
+        "f()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (125, b"sluice: /etc/passwd/x: Not a directory\n")
+
+
 def stream(*entries: tuple[int, int, int, bytes, bytes]) -> bytes:
     return b"".join(
         copying.HEADER.pack(kind, mode, size, len(name)) + name + body

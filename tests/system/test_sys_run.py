@@ -209,3 +209,14 @@ def test_the_record_has_the_command_as_it_was_typed(running: Running) -> None:
     assert running.system.sluice("run", "a", "--", "echo", "as typed").stdout == "as typed\n"
     (line,) = running.system.sluice("log", "--json", "--calls", "-n", "1").stdout.splitlines()
     assert json.loads(line)["command"] == "echo 'as typed'"
+
+
+def test_a_person_is_told_where_to_look_when_nothing_was_started(running: Running) -> None:
+    terminal = Terminal(running.system, "run", "-u", "nobody-there", "a", "--", "id")
+    try:
+        assert terminal.process.wait(DEADLINE) == 125
+        terminal.until(b"`sluice log --domain a` says why")
+        log = running.system.sluice("log", "--domain", "a").stdout
+        assert "a command: there is no user 'nobody-there' here" in log
+    finally:
+        terminal.close()

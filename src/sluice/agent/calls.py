@@ -120,6 +120,8 @@ class ServiceCall:
         self._starting: Any = None
         self._sink: LineSink | LoggerSink | None = None
         self._pid = -1
+        # What is to end when the caller is gone, unless it has been told already.
+        self._session = -1
 
     # --- connecting ----------------------------------------------------------------------------
 
@@ -247,7 +249,8 @@ class ServiceCall:
             started.in_fd, started.out_fd, started.err_fd, has_process=started.pid >= 0
         )
         if self._plan.command is not None and self._plan.command.hangup:
-            self._channel.watch_peer(lambda: hang_up(self._around.loop, started.pid))
+            self._session = started.pid
+            self._channel.watch_peer(self._hang_up)
 
     def _start_detached(self, command: Command) -> None:
         """Start without streams and report at once (7.4.5)."""
@@ -317,7 +320,8 @@ class ServiceCall:
 
     def _complain(self, error: ServiceError) -> None:
         command = self._plan.command
-        name = escape(command.descriptor) if command is not None else "a command"
+        is_service = command is not None and command.is_service
+        name = escape(command.descriptor) if command and is_service else "a command"
         self._around.log(f"{name}: {error}")
 
     def _fail(self, error: ServiceError) -> None:
@@ -339,9 +343,19 @@ class ServiceCall:
         self._end()
 
     def _done(self, _status: int) -> None:
+        if self._channel is not None and self._channel.cut:
+            # The first process may have ended by the loss before we heard of the hang-up.
+            self._hang_up()
         self._end()
 
+    def _hang_up(self) -> None:
+        """Nobody waits for the command any more: end what it began (9.1.1)."""
+        if self._session >= 0:
+            session, self._session = self._session, -1
+            hang_up(self._around.loop, session)
+
     def _lost(self, reason: str) -> None:
+        self._hang_up()
         self._around.log(
             f"data channel with domain {self.domain}, port {self.port}: {escape(reason)}"
         )

@@ -53,7 +53,8 @@ def tell_errors(command: Command) -> Command:
             click.echo(f"sluice: {error}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
-            click.echo(f"sluice: {error}", err=True)
+            place = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"sluice: {place}{error.strerror or error}", err=True)
             sys.exit(ResourceError.exit_code)
         except KeyboardInterrupt:
             # Ended by the signal itself: a shell or a script above us has to see that.

@@ -18,6 +18,7 @@ from sluice import runtime
 from sluice.cli.common import make_running, places, root_option, tell_errors
 from sluice.cli.escapes import EscapeFilter
 from sluice.domains.paths import Paths
+from sluice.wire.messages import EXIT_FAILURE
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -37,13 +38,15 @@ def command(
     """
     paths = places(root)
     make_running(paths, name)
-    become(client(paths, name, shlex.join(command_words), user, hangup=True), raw=raw)
+    words = client(paths, name, shlex.join(command_words), user, hangup=True)
+    become(words, raw=raw, at_125=f"not started? `sluice log --domain {name}` says why")
 
 
-def become(argv: list[str], *, raw: bool) -> NoReturn:
+def become(argv: list[str], *, raw: bool, at_125: str = "") -> NoReturn:
     """End as qrexec-client with ``argv`` ends; what it shows on a terminal is filtered.
 
-    Unless ``raw``. In any case the client is this process: however it is ended, its call is.
+    Unless ``raw``. In any case the client is this process: however it is ended, its call is. A
+    person at a terminal is told ``at_125`` where that is the status: the other side says nothing.
     """
     filtered = [] if raw else [fd for fd in (1, 2) if os.isatty(fd)]
     if not filtered:
@@ -60,6 +63,8 @@ def become(argv: list[str], *, raw: bool) -> NoReturn:
 
         with tidy_end(undo):
             status = main(argv[1:])
+    if status == EXIT_FAILURE and at_125 and os.isatty(2):
+        click.echo(f"sluice: ended with {status}: {at_125}", err=True)
     sys.exit(status)
 
 

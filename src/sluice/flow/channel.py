@@ -135,6 +135,11 @@ class DataChannel(Engine):
         state = self.state
         return state.lost and not (state.caller and state.remote_status is not None)
 
+    @property
+    def cut(self) -> bool:
+        """Whether the other side was gone, or took nothing any more, before this end was done."""
+        return self.state.lost or self.state.mute
+
     def start(self) -> None:
         """Begin: handshake, then data."""
         if self._hello == "done":
