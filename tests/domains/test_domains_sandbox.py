@@ -330,6 +330,28 @@ def test_the_plan_mounts_nothing_on_what_a_domain_wrote(tmp_path: Path) -> None:
     assert "/usr/host-lib" in words
 
 
+def test_certificates_are_where_fedora_has_them(tmp_path: Path) -> None:
+    """Below three directories, of which only what is public is shown: keys lie beside it."""
+    for name in ("certs", "private", "misc"):
+        (tmp_path / "etc/pki/tls" / name).mkdir(parents=True)
+    pem = tmp_path / "etc/pki/ca-trust/extracted/pem/bundle.pem"
+    pem.parent.mkdir(parents=True)
+    pem.touch()
+    (tmp_path / "etc/pki/tls/cert.pem").symlink_to(pem)
+    plan = mounts.Plan()
+    mounts._etc(plan, DOMAIN, True, tmp_path)
+    plan.close()
+    words = plan.arguments
+    assert words.index("/etc/pki") < words.index("/etc/pki/tls") < words.index("/etc/pki/tls/certs")
+    shown = {word for word in words if word.startswith("/etc/pki/")}
+    assert shown >= {
+        *("/etc/pki/tls", "/etc/pki/tls/certs", "/etc/pki/tls/cert.pem"),
+        *("/etc/pki/ca-trust", "/etc/pki/ca-trust/extracted"),
+    }
+    assert not [word for word in words if word.endswith(("private", "misc"))]
+    assert words[words.index("/etc/pki/tls/cert.pem") - 1] == str(pem)
+
+
 def test_additions_to_a_template_win(tmp_path: Path) -> None:
     directory = tmp_path / "etc/qubes-rpc"
     directory.mkdir(parents=True)

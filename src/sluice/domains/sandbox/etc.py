@@ -29,6 +29,13 @@ ALLOWED = (
     "xdg",
     "bash.bashrc",
     "inputrc",
+    # Fedora's own: what ~/.bashrc reads, where certificates and the choice of ciphers are.
+    "bashrc",
+    "crypto-policies",
+    "pki/ca-trust/extracted",
+    "pki/tls/certs",
+    "pki/tls/cert.pem",
+    "pki/tls/openssl.cnf",
 )
 MERGED = ("qubes-rpc", "qubes/rpc-config", "profile.d")
 

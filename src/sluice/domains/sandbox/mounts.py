@@ -169,11 +169,13 @@ def _var(plan: Plan) -> None:
 def _etc(plan: Plan, domain: DomainConfig, has_root: bool, template: Path) -> None:
     plan.directory("/etc")
     for name in etc.ALLOWED:
-        parent = os.path.dirname(name)
-        if parent:
-            plan.directory(f"/etc/{parent}")
         added = template / "etc" / name
-        _show_etc(plan, str(added) if os.path.lexists(added) else f"/etc/{name}", name)
+        source = str(added) if os.path.lexists(added) else f"/etc/{name}"
+        if not os.path.exists(source):
+            continue
+        for parent in reversed(Path(name).parents[:-1]):
+            plan.directory(f"/etc/{parent}")
+        _show_etc(plan, source, name)
     plan.directory("/etc/qubes")
     for name in etc.MERGED:
         plan.directory(f"/etc/{name}")
