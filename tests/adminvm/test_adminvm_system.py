@@ -94,7 +94,7 @@ def play(
             box = sandbox or PlayedSandbox()
             policy = judge(directory) if judge else played
             async with adminvm(directory, domains or ABC, box, policy, **options) as system:
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(60):
                     await scene(World(directory, system, box))
 
     asyncio.run(main())
@@ -169,7 +169,7 @@ def test_the_end_does_not_wait_for_domains_that_start() -> None:
                 assert system.state("a") == "Transient"
                 began = time.monotonic()
                 await system.stop()
-                assert time.monotonic() - began < 2
+                assert time.monotonic() - began < 10
                 with pytest.raises(LocalError):
                     await starting
                 assert sandbox.runs["a"].cleaned
@@ -193,14 +193,15 @@ def test_an_agent_that_breaks_the_protocol_is_not_given_time(
             run.send(hello(4))
             return run
 
-    monkeypatch.setattr("sluice.adminvm.system.GRACE", 30)
+    monkeypatch.setattr("sluice.adminvm.system.GRACE", 1000)
 
     async def scene(world: World) -> None:
         a = await world.start("a")
         a.send(message(0x9999))
-        await until(lambda: world.system.state("a") == "Halted", "the end", 5)
+        await until(lambda: world.system.state("a") == "Halted", "the end")
         b = await world.start("b")
         b.wire.close()
+        await until(lambda: world.system.state("b") == "Halting", "the begin of the end")
         await asyncio.sleep(0.1)
         # One whose channel merely ended may still tidy up.
         assert world.system.state("b") == "Halting"
@@ -239,7 +240,7 @@ def test_what_cannot_be_cleaned_up_keeps_nobody_waiting() -> None:
 
     async def scene(world: World) -> None:
         await world.start("a")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await world.system.stop_domain("a")
         assert world.system.state("a") == "Halted"
         assert "no process for it" in world.system.paths.domain_log_file.read_text()
@@ -377,7 +378,7 @@ def test_a_killed_domain_ends_the_calls_of_others_to_it() -> None:
             os.close(fd)  # what the kernel does for a killed process
         assert os.read(near[0], 1) == b""
         await killing
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         assert world.records() == []
         a.send(message(TERMINATED, exec_body(8, number)))
         (record,) = await world.recorded()
@@ -708,7 +709,7 @@ def test_shutdown_by_the_socket() -> None:
             async with adminvm(directory, ABC, PlayedSandbox(), PlayedJudge()) as system:
                 running = asyncio.ensure_future(system.run_until_stopped())
                 await asyncio.to_thread(api.request, system.paths.control_socket, "shutdown")
-                await asyncio.wait_for(running, 5)
+                await asyncio.wait_for(running, 20)
                 assert not system.paths.control_socket.exists()
 
     asyncio.run(main())
@@ -851,7 +852,7 @@ def test_output_without_end_is_cut_off() -> None:
         call = await system.call("d0", "cat /dev/zero")
         with pytest.raises(ResourceError):
             await run_to_end(call.read_fd, call.write_fd, b"", max_output=1 << 20)
-        await asyncio.wait_for(call.ended, 5)
+        await asyncio.wait_for(call.ended, 20)
 
     with short_directory() as directory:
         agents(directory, scene)
@@ -912,10 +913,9 @@ def test_calls_wait_for_an_agent_that_reads_late() -> None:
         a, b = await world.start("a"), await world.start("b")
         count = 250
         a.send(b"".join(trigger4(b"b", b"s" * 200, b"I%d" % n) for n in range(count)))
-        await asyncio.sleep(0.1)
         run = world.system.run_of("b")
         assert run is not None
-        assert run.endpoint.busy
+        await until(lambda: run.endpoint.busy, "a full channel")
 
         async def read(agent: PlayedRun) -> list[int]:
             kinds = []
@@ -942,7 +942,7 @@ def test_a_local_client_that_says_nothing_is_dropped(monkeypatch: pytest.MonkeyP
         for data in (b"", hello(3)[:5], hello(3), hello(3) + message(EXEC_CMDLINE, b"x" * 20)[:9]):
             reader, writer = await asyncio.open_unix_connection(path)
             writer.write(data)
-            assert await asyncio.wait_for(reader.read(), 5) == hello(3)
+            assert await asyncio.wait_for(reader.read(), 20) == hello(3)
             writer.close()
 
     play(scene)
@@ -1008,7 +1008,7 @@ def test_a_service_of_dom0_outlives_a_breach_but_not_the_adminvm(ends_itself: bo
     play(scene)
     with pytest.raises(ProcessLookupError):
         # Killed and reaped by the loop, or at the latest when it is gone.
-        for _ in range(500):
+        for _ in range(2000):
             os.kill(pids[0], 0)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pids[0], os.WNOHANG)
@@ -1096,7 +1096,7 @@ def test_waiting_for_a_session_in_dom0(prefix: str) -> None:
         assert log.read_text().split() == (["s"] if prefix else ["w", "work", "s"])
         call.close()
         call.close()
-        await asyncio.wait_for(gone, 5)
+        await asyncio.wait_for(gone, 20)
         assert not done.done()
 
     play(scene)
