@@ -88,3 +88,44 @@ def test_a_tail_follows_growth_pieces_and_rotation(tmp_path: Path) -> None:
     path.write_text("four\n")
     assert tail.poll() == ["four"]
     assert tail.poll() == []
+
+
+def rotate(path: Path, keep: int) -> None:
+    for number in range(keep, 0, -1):
+        newer = path.with_name(f"{path.name}.{number - 1}" if number > 1 else path.name)
+        if newer.exists():
+            newer.rename(path.with_name(f"{path.name}.{number}"))
+
+
+def test_a_tail_loses_nothing_at_a_rotation(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("one\ntw")
+    tail = Tail(path, lambda text: True)
+    assert tail.poll() == ["one"]
+    with path.open("a") as file:
+        file.write("o\n")
+    rotate(path, 3)
+    path.write_text("three\n")
+    rotate(path, 3)
+    path.write_text("four\nfi")
+    assert tail.poll() == ["two", "three", "four"]
+    with path.open("a") as file:
+        file.write("ve\n")
+    assert tail.poll() == ["five"]
+    with path.open("a") as file:
+        file.write("last\n")
+    for text in ("six\n", "seven\n", "eight\n", "nine\n", "ten\n"):
+        rotate(path, 3)
+        path.write_text(text)
+    assert tail.poll() == ["last", "seven", "eight", "nine", "ten"]  # six is deleted
+    assert tail.poll() == []
+
+
+def test_rotated_files_are_shown_as_far_as_they_are_asked_for(tmp_path: Path) -> None:
+    root = system(tmp_path)
+    log = root / "state" / "log"
+    rotate(log / "audit.jsonl", 2)
+    (log / "audit.jsonl").write_text(record(9, "late") + "\n")
+    assert [text.split()[1] for text in shown(root, "--calls")] == ["work", "wallet", "late"]
+    assert [text.split()[1] for text in shown(root, "--calls", "-n", "2")] == ["wallet", "late"]
+    assert len(shown(root, "--refused")) == 1

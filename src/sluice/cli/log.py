@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -82,35 +83,73 @@ def time_of(line: str) -> str:
 
 
 class Tail:
-    """A growing file, read from where the last look ended, over rotations."""
+    """A growing file, read from where the last look ended, over rotations.
+
+    When it is rotated, ``path`` becomes ``path.1``, that ``path.2``, and the oldest is deleted. The
+    file of the last look stays open: its rest can be read wherever it has gone, and no other file
+    can have its number.
+    """
 
     def __init__(self, path: Path, keep: Callable[[str], bool]) -> None:
         """Take the file, which need not exist yet, and which of its lines are kept."""
         self._path = path
         self._keep = keep
-        self._inode = -1
+        self._file: BinaryIO | None = None
         self._position = 0
-        self._held = ""
 
     def poll(self, most: int | None = None) -> list[str]:
-        """Return the whole lines that came since the last look, the last ``most`` of them."""
-        try:
-            with open(self._path, errors="replace") as file:
-                found = os.fstat(file.fileno())
-                if found.st_ino != self._inode or found.st_size < self._position:
-                    self._inode, self._position, self._held = found.st_ino, 0, ""
-                file.seek(self._position)
-                last: deque[str] = deque(maxlen=most)
-                for piece in file:
-                    line, self._held = self._held + piece, ""
-                    if not line.endswith("\n"):
-                        self._held = line
-                    elif self._keep(line):
-                        last.append(line[:-1])
-                self._position = file.tell()
-                return list(last)
-        except FileNotFoundError:
+        """Return the whole lines that came since the last look, the last ``most`` of them.
+
+        The first look begins in the oldest file there is.
+        """
+        newer = self._newer()
+        lines = self._read(most)
+        for file in reversed(newer):
+            if self._file is not None:
+                self._file.close()
+            self._file, self._position = file, 0
+            lines += self._read(most)
+        return lines if most is None else lines[max(len(lines) - most, 0) :]
+
+    def _newer(self) -> list[BinaryIO]:
+        """Open what is newer than the file of the last look, newest first."""
+        files: list[BinaryIO] = []
+        for number in itertools.count():
+            name = f"{self._path}.{number}" if number else self._path
+            try:
+                file = open(name, "rb")  # noqa: SIM115  it stays open until the next rotation
+            except FileNotFoundError:
+                if number:
+                    break
+                continue  # the moment between the two steps of a rotation
+            if self._file is not None and _same(file, self._file):
+                file.close()
+                break
+            if files and _same(file, files[-1]):
+                file.close()  # it was rotated while we looked
+            else:
+                files.append(file)
+        return files
+
+    def _read(self, most: int | None) -> list[str]:
+        if self._file is None:
             return []
+        if os.fstat(self._file.fileno()).st_size < self._position:
+            self._position = 0
+        self._file.seek(self._position)
+        last: deque[str] = deque(maxlen=most)
+        for piece in self._file:
+            if not piece.endswith(b"\n"):
+                break  # the rest of it is still to come
+            self._position += len(piece)
+            line = piece[:-1].decode("utf-8", "replace")
+            if self._keep(line):
+                last.append(line)
+        return list(last)
+
+
+def _same(one: BinaryIO, other: BinaryIO) -> bool:
+    return os.path.sameopenfile(one.fileno(), other.fileno())
 
 
 def render(line: str) -> str:
