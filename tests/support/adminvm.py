@@ -214,6 +214,9 @@ class PlayedSandbox:
         self.runs: dict[str, PlayedRun] = {}
         self.started = asyncio.Event()
 
+    async def sweep(self) -> list[str]:
+        return []
+
     def privilege(self) -> str:
         return "no process"
 
@@ -290,6 +293,9 @@ class AgentSandbox:
         """``directory/NAME/`` is the home of each domain; services in ``directory/NAME/rpc``."""
         self.directory = directory
         self.runs: dict[str, AgentRun] = {}
+
+    async def sweep(self) -> list[str]:
+        return []
 
     def privilege(self) -> str:
         return "no isolation"

@@ -101,6 +101,38 @@ def test_a_domain_without_isolation(short: Path, capfd: pytest.CaptureFixture[st
     assert "work: NO ISOLATION" in capfd.readouterr().err
 
 
+def test_a_disposable_without_isolation_forgets(short: Path) -> None:
+    """What it wrote is gone with it, and what a killed AdminVM left is gone with the next one."""
+
+    async def run() -> None:
+        paths = Paths.find(str(short))
+        paths.create()
+        domain = DomainConfig(
+            "disp1", 1, "1" * 8, klass="DispVM", kind="process", default_user=own_user()
+        )
+        sandbox = Process(paths)
+        ours, theirs = socket.socketpair()
+        running = await sandbox.start(domain, theirs)
+        theirs.close()
+        tree = paths.appvms / "disp1/disposable"
+        (tree / "home/user/secret").write_text("secret")
+        running.kill()
+        await running.wait()
+        await running.clean()
+        os.close(running.stderr_fd)
+        ours.close()
+        assert not tree.exists()
+        for name in ("disp1", "no-longer-in-the-file"):
+            for left in ("disposable", "private", "process"):
+                (paths.appvms / name / left / "home").mkdir(parents=True)
+        assert await sandbox.sweep() == []
+        for name in ("disp1", "no-longer-in-the-file"):
+            left_now = sorted(entry.name for entry in (paths.appvms / name).iterdir())
+            assert left_now == ["private", "process"]
+
+    asyncio.run(run())
+
+
 def environment(pid: int) -> dict[str, str]:
     pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
@@ -122,12 +154,21 @@ def test_a_disposable_forgets(inside: Machine) -> None:
         inside.shell("echo secret > kept; mkdir -m 0 locked; cat kept", "disp1").stdout
         == b"secret\n"
     )
-    tree = inside.root / "state/appvms/disp1/private"
+    tree = inside.root / "state/appvms/disp1/disposable"
     assert tree.exists()
     request(control, "stop", name="disp1")
     assert not tree.exists()
     request(control, "start", name="disp1")
     assert inside.shell("ls", "disp1").stdout == b""
+    # Killed, the AdminVM cannot remove it; the next one does, and starts no disposable for that.
+    inside.shell("echo secret > kept; mkdir -m 0 locked", "disp1")
+    assert inside.process is not None
+    inside.process.kill()
+    inside.process.wait()
+    inside.log.close()
+    inside.up()
+    assert request(control, "state", name="disp1") == "Halted"
+    assert not tree.exists()
     inside.shell("echo kept > kept")
     request(control, "stop", name="work")
     request(control, "start", name="work")

@@ -112,6 +112,9 @@ class AdminVM:
             environment=dict(os.environb),
             spawn=self._calls.spawn,
         )
+        for sandbox in self.sandboxes.values():
+            for failure in await sandbox.sweep():
+                self.log(failure)
         self._api = ApiServer(self, str(self.paths.control_socket), self._tasks)
         wanted = [domain.name for domain in self.registry if domain.autostart]
         results = await asyncio.gather(

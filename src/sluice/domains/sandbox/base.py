@@ -63,6 +63,12 @@ class Sandbox(Protocol):
         LocalError when the domain cannot be started; nothing is left running then.
         """
 
+    async def sweep(self) -> list[str]:
+        """Remove what the domains of an AdminVM that was killed have left and nobody is to keep.
+
+        Before anything is started. Returns what could not be removed, one text each.
+        """
+
     def close(self) -> None:
         """Let go of what the kind keeps between starts; at the end of the AdminVM."""
 

@@ -54,7 +54,14 @@ from sluice.domains.sandbox.limits import (
     wanted,
 )
 from sluice.domains.sandbox.namespaces import Namespaces
-from sluice.domains.sandbox.private import prepare, remove, remove_as_all_ids
+from sluice.domains.sandbox.private import (
+    DISPOSABLE,
+    EVERY_TREE,
+    prepare,
+    remove,
+    remove_as_all_ids,
+    sweep_trees,
+)
 from sluice.domains.sandbox.supplies import supplies
 from sluice.errors import LocalError, ResourceError
 
@@ -258,10 +265,14 @@ class Bubblewrap:
         self._spaces.clear()
         remove_groups(self._controllers)
 
+    async def sweep(self) -> list[str]:
+        """Remove what disposables of a killed AdminVM have left; see ``Sandbox.sweep``."""
+        return await sweep_trees(self._paths.appvms, as_all_ids=self.ids.mode == SUBORDINATE)
+
     async def wipe(self, name: str) -> None:
         """Remove what the halted domain ``name`` keeps. Raises LocalError if some of it stays."""
         place = self._paths.appvms / name
-        for tree in ("private", "private.new", "process"):
+        for tree in EVERY_TREE:
             if self.ids.mode == SUBORDINATE:
                 # All our subordinate ids at once: the tree may be that of an earlier system.
                 await remove_as_all_ids(place, tree)
@@ -282,7 +293,7 @@ class Bubblewrap:
             running = await self._launch(plan, domain, ids, spaces, control)
             if domain.klass == "DispVM":
                 running.forget = lambda: remove(
-                    place, "private", spaces if ids.mode != RANGES else None
+                    place, DISPOSABLE, spaces if ids.mode != RANGES else None
                 )
             return running
         except (LocalError, ResourceError) as error:

@@ -1,10 +1,11 @@
 """The private tree of a domain: what persists, and to whom it belongs on the host.
 
-Theory. ``private`` is ours and holds three directories, ``rw``, ``home`` and ``usrlocal``, each of
-which belongs to the domain and is shown inside as /rw, /home and /usr/local. (/rw/home and
-/rw/usrlocal are links to those.) That way no path that is opened outside, and no mount point, has
-a component that the domain could have replaced by a link. It is made once; from then on only the
-domain writes in the three. docs/spec/core-stack.md 2.7, 12.3.
+Theory. ``private`` (``disposable`` where it is to be forgotten) is ours and holds three
+directories, ``rw``, ``home`` and ``usrlocal``, each of which belongs to the domain and is shown
+inside as /rw, /home and /usr/local. (/rw/home and /rw/usrlocal are links to those.) That way no
+path that is opened outside, and no mount point, has a component that the domain could have replaced
+by a link. It is made once; from then on only the domain writes in the three.
+docs/spec/core-stack.md 2.7, 12.3.
 """
 
 from __future__ import annotations
@@ -18,10 +19,21 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.sandbox.ids import RANGES, IdMap
 from sluice.domains.sandbox.namespaces import Namespaces
 from sluice.domains.trees import remove_tree
-from sluice.errors import LocalError
+from sluice.errors import LocalError, ResourceError
 from sluice.wire.names import escape
 
 TREES = ("rw", "home", "usrlocal")
+
+KEPT = "private"
+# A disposable's tree has a name of its own, so that what a killed AdminVM left is known as such,
+# whatever the system file says by then.
+DISPOSABLE = "disposable"
+EVERY_TREE = (KEPT, f"{KEPT}.new", DISPOSABLE, "process")
+
+
+def tree_of(domain: DomainConfig) -> str:
+    """Return under which name a domain's own tree lies."""
+    return DISPOSABLE if domain.klass == "DispVM" else KEPT
 
 
 async def prepare(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespaces | None) -> Path:
@@ -31,10 +43,9 @@ async def prepare(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespa
     Raises LocalError where the trees belong to other ids than the domain has now.
     """
     place.mkdir(mode=0o700, exist_ok=True)
-    private = place / "private"
+    private = place / tree_of(domain)
     if domain.klass == "DispVM":
-        # It keeps nothing. What an AdminVM left that was killed is in the way of nobody, until now.
-        await remove(place, "private", spaces if ids.mode != RANGES else None)
+        await remove(place, DISPOSABLE, spaces if ids.mode != RANGES else None)
     if not os.path.lexists(private):
         await _make(place, domain, ids, spaces)
     expected = ids.root[0] if ids.root is not None else ids.user[0]
@@ -51,8 +62,8 @@ async def prepare(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespa
 
 async def _make(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespaces | None) -> None:
     """Make a new tree under another name and put it in place when it is whole."""
-    await remove(place, "private.new", spaces if ids.mode != RANGES else None)
-    new = place / "private.new"
+    await remove(place, f"{KEPT}.new", spaces if ids.mode != RANGES else None)
+    new = place / f"{KEPT}.new"
     new.mkdir(mode=0o700)
     for name in TREES:
         (new / name).mkdir()
@@ -72,7 +83,7 @@ async def _make(place: Path, domain: DomainConfig, ids: IdMap, spaces: Namespace
         # Only a process in a namespace that has both our id and theirs may give files away.
         give = "".join(f"chown 2:2 {name} && " for name in homes) + "chown 1:1 " + " ".join(TREES)
         await spaces.run(["/bin/sh", "-c", give], str(new))
-    os.rename(new, place / "private")
+    os.rename(new, place / tree_of(domain))
 
 
 async def remove(place: Path, name: str, spaces: Namespaces | None) -> None:
@@ -93,6 +104,23 @@ async def remove(place: Path, name: str, spaces: Namespaces | None) -> None:
         raise LocalError(f"{place / name}: cannot be removed: {error.strerror}") from error
     finally:
         os.close(directory)
+
+
+async def sweep_trees(appvms: Path, *, as_all_ids: bool) -> list[str]:
+    """Remove the trees of all disposables: an AdminVM that was killed could not.
+
+    Nothing runs yet. Returns what could not be removed, one text each.
+    """
+    failures = []
+    for place in sorted(appvms.iterdir()):
+        try:
+            if as_all_ids:
+                await remove_as_all_ids(place, DISPOSABLE)
+            else:
+                await remove(place, DISPOSABLE, None)
+        except (LocalError, ResourceError, OSError) as error:
+            failures.append(str(error))
+    return failures
 
 
 async def remove_as_all_ids(place: Path, name: str) -> None:

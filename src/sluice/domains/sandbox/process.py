@@ -26,6 +26,7 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox import etc, mounts, stage
 from sluice.domains.sandbox.base import CONTROL_ENVIRONMENT, Limit
+from sluice.domains.sandbox.private import DISPOSABLE, remove, sweep_trees
 from sluice.domains.sandbox.supplies import supplies
 from sluice.errors import LocalError
 
@@ -74,11 +75,17 @@ class RunningProcess:
 
     kind = "process"
 
-    def __init__(self, staged: stage.Staged, mark: str, directory: Path) -> None:
-        """Take the agent's process, the mark of the run and its run directory."""
+    def __init__(
+        self, staged: stage.Staged, mark: str, directory: Path, forgotten: Path | None = None
+    ) -> None:
+        """Take the agent's process, the mark of the run and its run directory.
+
+        ``forgotten`` is a tree that is removed at the end of the run.
+        """
         self._staged = staged
         self._mark = f"{MARK}={mark}".encode()
         self._directory = directory
+        self._forgotten = forgotten
         self.pid = staged.process.pid
         self.pidfd = staged.pidfd
         self.stderr_fd = os.dup(staged.console)
@@ -114,9 +121,12 @@ class RunningProcess:
         return status
 
     async def clean(self) -> None:
-        """Remove the run directory."""
+        """Remove the run directory, and what a disposable has written."""
         self._staged.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._forgotten is not None:
+            with contextlib.suppress(LocalError):  # the next start removes it
+                await remove(self._forgotten.parent, self._forgotten.name, None)
 
     def limits(self) -> list[Limit]:
         """Return that nothing is limited."""
@@ -142,6 +152,10 @@ class Process:
     def close(self) -> None:
         """Nothing is kept between starts."""
 
+    async def sweep(self) -> list[str]:
+        """Remove what disposables of a killed AdminVM have left; see ``Sandbox.sweep``."""
+        return await sweep_trees(self._paths.appvms, as_all_ids=False)
+
     def privilege(self) -> str:
         """Say loudly that there is no isolation."""
         return WARNING
@@ -149,9 +163,12 @@ class Process:
     async def start(self, domain: DomainConfig, control: socket.socket) -> RunningProcess:
         """Start the domain's agent; see ``Sandbox.start``."""
         print(f"{domain.name}: {WARNING}", file=sys.stderr, flush=True)
-        root = self._paths.appvms / domain.name / "process"
+        place = self._paths.appvms / domain.name
+        root = place / (DISPOSABLE if domain.klass == "DispVM" else "process")
         directory = self._paths.domains / domain.name
         try:
+            if domain.klass == "DispVM":
+                await remove(place, DISPOSABLE, None)
             self._furnish(domain, root)
             shutil.rmtree(directory, ignore_errors=True)
             (directory / "bin").mkdir(mode=0o700, parents=True)
@@ -173,7 +190,8 @@ class Process:
             directory=str(root),
             environment=environment,
         )
-        return RunningProcess(staged, mark, directory)
+        forgotten = root if domain.klass == "DispVM" else None
+        return RunningProcess(staged, mark, directory, forgotten)
 
     def _furnish(self, domain: DomainConfig, root: Path) -> None:
         """Lay the files below ``root`` as they would lie in a real domain."""
