@@ -4,7 +4,8 @@ Theory. A stream of entries. Each has a header (``HEADER``: kind, mode, size, le
 the name (one component, none for what is at the top), then the bytes of a file. A directory is
 entered by its entry and left by ``UP``. Whoever receives trusts nothing: names are checked,
 everything is made new, relative to an open directory, and no link is ever followed or made. Links
-and special files are left out by the sender. Small programs load this.
+and special files are left out by the sender. On the host the receiver also leaves some of the disk
+free, whatever sizes it is told. Small programs load this.
 """
 
 import errno
@@ -20,8 +21,11 @@ HEADER = struct.Struct("<BHQH")
 FILE, DIRECTORY, UP, END = range(4)
 CHUNK = 1 << 18
 MAX_NAME = 255
-_PLAIN = bytes(range(0x20, 0x7F)) + bytes(range(0x80, 0x100))
 MAX_DEPTH = 256
+_ZEROS = bytes(CHUNK)
+# Of a file system that is the host's: so much stays free, of its room and of its files.
+_RESERVE = 256 << 20
+_RESERVED_SHARE = 16
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -38,20 +42,55 @@ def _write(descriptor: int, data: "bytes | memoryview") -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def unfit(name: bytes) -> bool:
+    """Tell whether a name is a trap: for a path, or for whoever sees it listed on a terminal.
+
+    Controls are legal in names, C1 controls and those that turn text around too.
+    """
+    if not name or b"/" in name or name in (b".", b".."):
+        return True
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        text = name.decode("latin-1")
+    return any(
+        code < 0x20 or 0x7F <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+        for code in map(ord, text)
+    )
+
+
 def send(stream: int, path: str) -> "list[str]":
-    """Send what ``path`` is; returns what was left out. Raises CopyError, BrokenPipeError."""
+    """Send what ``path`` is; returns what was left out. Raises CopyError, BrokenPipeError.
+
+    What cannot be read is a CopyError when all else has been sent.
+    """
     skipped: list[str] = []
+    unread: list[str] = []
     try:
         # The one who gave the path may mean a link; below it none is followed.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise CopyError(f"{path}: {error.strerror}") from error
-    _send_open(stream, descriptor, b"", skipped, 0)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        os.close(descriptor)
+        raise CopyError(f"{path}: is neither a file nor a directory")
+    _send_open(stream, descriptor, b"", skipped, unread, 0)
     _write(stream, HEADER.pack(END, 0, 0, 0))
+    if unread:
+        more = f", nor {len(unread) - 1} more" if unread[1:] else ""
+        raise CopyError(f"{unread[0]} cannot be read{more}; all else was copied")
     return skipped
 
 
-def _send_open(stream: int, descriptor: int, name: bytes, skipped: "list[str]", depth: int) -> None:
+def _send_open(
+    stream: int,
+    descriptor: int,
+    name: bytes,
+    skipped: "list[str]",
+    unread: "list[str]",
+    depth: int,
+) -> None:
     """Send one open file or directory, and close it."""
     try:
         found = os.fstat(descriptor)
@@ -62,10 +101,11 @@ def _send_open(stream: int, descriptor: int, name: bytes, skipped: "list[str]", 
             for below in sorted(map(os.fsencode, os.listdir(descriptor))):
                 try:
                     opened = os.open(below, _READ, dir_fd=descriptor)
-                except OSError:
-                    skipped.append(os.fsdecode(below))  # a link, a socket, not ours to read
+                except OSError as error:
+                    special = error.errno in (errno.ELOOP, errno.ENXIO)  # a link, a socket
+                    (skipped if special else unread).append(os.fsdecode(below))
                     continue
-                _send_open(stream, opened, below, skipped, depth + 1)
+                _send_open(stream, opened, below, skipped, unread, depth + 1)
             _write(stream, HEADER.pack(UP, 0, 0, 0))
         else:
             skipped.append(os.fsdecode(name))
@@ -87,10 +127,16 @@ def _send_file(stream: int, descriptor: int, name: bytes, found: os.stat_result)
 class Receiver:
     """Takes a stream of entries and makes them below an open directory."""
 
-    def __init__(self, read: "Callable[[int], bytes]", parent: int, top: bytes) -> None:
-        """``read(n)`` returns exactly n bytes or raises; ``top`` is the name of the first entry."""
+    def __init__(
+        self, read: "Callable[[int], bytes]", parent: int, top: bytes, *, reserve: bool = False
+    ) -> None:
+        """``read(n)`` returns exactly n bytes or raises; ``top`` is the name of the first entry.
+
+        ``reserve``: leave some of the file system free.
+        """
         self._read = read
         self._top = top
+        self._reserve = reserve
         # The sender does not decide that everybody may write here.
         self._mask = os.umask(0o077)
         os.umask(self._mask)
@@ -128,9 +174,10 @@ class Receiver:
             os.fchmod(descriptor, left_mode & ~self._mask)
             os.close(descriptor)
             return
-        # Control characters are legal in names, and a trap for whoever lists them on a terminal.
-        if not name or b"/" in name or name in (b".", b"..") or name.translate(None, _PLAIN):
-            raise CopyError("a name that cannot be")
+        if unfit(name):
+            raise CopyError(f"{os.fsdecode(name)!r}: a name that cannot be")
+        if self._reserve:
+            self._leave_some_free(here, size)
         try:
             if kind == FILE:
                 self._file(here, name, mode, size)
@@ -144,20 +191,38 @@ class Receiver:
 
     def _file(self, here: int, name: bytes, mode: int, size: int) -> None:
         descriptor = os.open(name, _NEW, 0o600, dir_fd=here)
+        left = size
         try:
-            while size:
-                data = self._read(min(size, CHUNK))
-                _write(descriptor, data)
-                size -= len(data)
+            while left:
+                data = self._read(min(left, CHUNK))
+                if data == _ZEROS[: len(data)]:
+                    os.lseek(descriptor, len(data), os.SEEK_CUR)  # a hole takes no room
+                else:
+                    _write(descriptor, data)
+                left -= len(data)
+            os.ftruncate(descriptor, size)
             os.fchmod(descriptor, mode & ~self._mask)
+        except BaseException:
+            os.unlink(name, dir_fd=here)  # half a file is none
+            raise
         finally:
             os.close(descriptor)
 
+    def _leave_some_free(self, here: int, size: int) -> None:
+        """Refuse an entry that would fill the file system. Raises CopyError."""
+        room = os.fstatvfs(here)
+        reserve = min(_RESERVE, room.f_blocks * room.f_frsize // _RESERVED_SHARE)
+        if room.f_bavail * room.f_frsize < size + reserve:
+            raise CopyError(f"{size >> 20} MiB more: there is not enough room here")
+        if room.f_files and room.f_favail < room.f_files // _RESERVED_SHARE:
+            raise CopyError("too many files for what is free here")
 
-def receive(stream: int, destination: str, name_below: str = "") -> None:
+
+def receive(stream: int, destination: str, name_below: str = "", *, reserve: bool = False) -> None:
     """Receive as ``destination``, a name that does not exist yet. Raises CopyError.
 
-    Where it is a directory and ``name_below`` is given, as that name in it.
+    Where it is a directory and ``name_below`` is given, as that name in it. ``reserve``: leave some
+    of the file system free.
     """
     if name_below and os.path.isdir(destination):
         destination = os.path.join(destination, name_below)
@@ -178,7 +243,7 @@ def receive(stream: int, destination: str, name_below: str = "") -> None:
         return b"".join(pieces)
 
     try:
-        Receiver(read, directory, os.fsencode(name)).run()
+        Receiver(read, directory, os.fsencode(name), reserve=reserve).run()
     finally:
         os.close(directory)
 
@@ -194,7 +259,9 @@ def main(arguments: "list[str]") -> int:
         if arguments[0] == "send":
             skipped = send(1, path)
             if skipped:
-                os.write(2, f"left out (not a file or directory): {skipped[0]}\n".encode())
+                more = f" and {len(skipped) - 1} more" if skipped[1:] else ""
+                said = f"left out (not a file or directory): {skipped[0]}{more}\n"
+                os.write(2, said.encode("utf-8", "backslashreplace"))
         else:
             receive(0, path, *arguments[2:])
     except CopyError as error:

@@ -109,11 +109,13 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
     with process:
         try:
             with process.stdout as stream:
-                receive(stream.fileno(), destination, own_name)
+                receive(stream.fileno(), destination, own_name, reserve=True)
         except CopyError as error:
             failure = str(error)
         finally:
             said = words.text()
+    if failure and not said.strip():  # else it says itself why it stopped
+        raise RemoteError(f"{name}: {escape(failure)}")
     _check(process.returncode, name, said)
     if failure:
         raise RemoteError(f"{name}: {escape(failure)}")
