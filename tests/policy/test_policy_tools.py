@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sluice.policy.drawing import to_dot, to_html, to_svg
 from sluice.policy.evaluation import Deny, Policy
 from sluice.policy.explain import explain
 from sluice.policy.findings import Severity
-from sluice.policy.graph import build
+from sluice.policy.graph import Common, Edge, Graph, Member, Node, build
 from sluice.policy.lint import lint
 from sluice.policy.lint_lines import lint_text
 from sluice.policy.memory import from_files, parse_text
@@ -530,6 +531,33 @@ def test_drawings(fold: bool) -> None:
     assert dot.startswith("digraph g {")
     assert dot.count("{") == dot.count("}")
     assert to_svg(graph) == to_svg(build(policy, info, fold=fold))
+
+
+def test_a_dense_drawing_is_of_a_size_to_look_at() -> None:
+    """Neither many lines nor long exceptions make a picture that no screen can show."""
+    names = [f"domain{number}" for number in range(40)]
+    nodes = tuple(Node((Member(name, "#cc0000"),)) for name in names)
+    pairs = [(a, b) for a in names for b in names if a != b]
+    edges = tuple(Edge(a, b, (f"s.{a}", "s.S"), ("s.T",)) for a, b in pairs)
+    common = (Common(None, "s.C", "allow", tuple(pairs[:500])),)
+    graph = Graph(nodes, edges, common)
+    root = ElementTree.fromstring(to_svg(graph))
+    assert float(root.attrib["width"]) < 6000
+    assert float(root.attrib["height"]) < 6000
+    told = " ".join("".join(root.itertext()).split())
+    assert str(common[0]) in told  # nothing of it is lost
+    assert "\n".join(edges[0].allowed) in "".join(root.itertext())  # the tooltip of a line
+    assert max(map(len, to_dot(graph).replace("\\l", "\n").splitlines())) < 200
+
+
+def test_names_within_a_page_are_unique() -> None:
+    """A line finds its own arrow head, not the box of the same name."""
+    page = to_html(build(parse_text(GRAPH), FIXTURE))
+    names = re.findall(r'\bid="([^"]*)"', page)
+    assert len(names) == len(set(names))
+    used = set(re.findall(r"url\(#([^)]*)\)", page))
+    assert used
+    assert used == set(re.findall(r'<marker id="([^"]*)"', page))
 
 
 def test_boxes_do_not_overlap() -> None:

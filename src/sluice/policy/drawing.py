@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 from collections.abc import Iterable
 from html import escape as html
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from sluice.policy.layout import Box, Layout, Point, arrange
 
 _LINE = 18
 _SHOWN = 8
+_WIDE = 110  # characters of a line that is told in words
+_DENSE = 250  # more lines than that are drawn thin and without their labels
 _ALLOW, _ASK = "#b3261e", "#c77700"
 _STYLE = """
 svg { background: #ffffff; font-family: "DejaVu Sans", Verdana, sans-serif; font-size: 12px; }
@@ -23,6 +26,7 @@ svg { background: #ffffff; font-family: "DejaVu Sans", Verdana, sans-serif; font
   stroke-linejoin: round; text-anchor: middle; }
 .allow path { stroke: #b3261e; } .allow text { fill: #8c1d18; }
 .ask path { stroke: #c77700; stroke-dasharray: 7 3; } .ask text { fill: #8a5300; }
+.dense .edge path { stroke-width: 0.9; opacity: 0.6; } .dense .edge text { display: none; }
 .faint { opacity: 0.08; } .gone { display: none; }
 """
 
@@ -51,7 +55,16 @@ def _caption(graph: Graph) -> list[str]:
     """Return what is told in words: the services of all domains, a line each."""
     lines: list[str] = []
     for target, group in _by_target(graph):
-        lines += [target, *(f"    {common}" for common in group)]
+        lines.append(target)
+        for common in group:
+            lines += textwrap.wrap(
+                str(common),
+                _WIDE,
+                initial_indent=" " * 4,
+                subsequent_indent=" " * 8,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return lines
 
 
@@ -83,7 +96,8 @@ def to_svg(graph: Graph, title: str = "Permitted calls") -> str:
     longest = max(map(len, caption), default=0) * 7.0 + 60
     width, height = round(max(layout.width, longest)), round(layout.height + below + 20)
     words = "".join(
-        f'<text x="{46 if line[0] == " " else 30}" y="{y:.0f}">{html(line)}</text>\n'
+        f'<text x="{30 + 4 * (len(line) - len(line.lstrip()))}" y="{y:.0f}">'
+        f"{html(line.lstrip())}</text>\n"
         for y, line in zip(itertools.count(layout.height + _LINE, _LINE), caption, strict=False)
     )
     return (
@@ -105,7 +119,9 @@ def _body(graph: Graph) -> tuple[str, Layout]:
     layout = arrange(sizes, [(edge.source, edge.target) for edge in graph.edges])
     parts = [
         f"<defs>{_marker('allow', _ALLOW)}{_marker('ask', _ASK)}</defs>\n",
+        f'<g id="lines" class="{"dense" if len(lines) > _DENSE else "few"}">\n',
         *(_draw_line(number, line, layout) for number, line in enumerate(lines)),
+        "</g>\n",
         *(_draw_node(node, layout.boxes[node.name]) for node in graph.nodes),
     ]
     return "".join(parts), layout
@@ -113,7 +129,7 @@ def _body(graph: Graph) -> tuple[str, Layout]:
 
 def _marker(name: str, colour: str) -> str:
     return (
-        f'<marker id="{name}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" '
+        f'<marker id="{name}-head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" '
         f'markerHeight="8" orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" '
         f'fill="{colour}"/></marker>'
     )
@@ -167,7 +183,7 @@ def _draw_line(number: int, line: _Line, layout: Layout) -> str:
     return (
         f'<g class="edge {line.kind}" data-services="{html(" ".join(line.services))}" '
         f'data-ends="{html(edge.source)} {html(edge.target)}"><title>{html(tooltip)}</title>'
-        f'<path d="{path}" marker-end="url(#{line.kind})"/>'
+        f'<path d="{path}" marker-end="url(#{line.kind}-head)"/>'
         f'<text x="{middle[0]:.1f}" y="{middle[1]:.1f}">{html(label)}</text></g>\n'
     )
 
@@ -212,6 +228,7 @@ _PAGE = """<!DOCTYPE html>
 <style>
 body {{ font-family: "DejaVu Sans", Verdana, sans-serif; margin: 16px; color: #222; }}
 h1 {{ font-size: 18px; }} label {{ margin-right: 14px; }} select {{ font-size: 13px; }}
+details {{ margin-top: 12px; }} summary {{ cursor: pointer; }}
 .legend span {{ margin-right: 14px; }} .allow-key {{ color: #8c1d18; }}
 .ask-key {{ color: #8a5300; }}
 #drawing {{ overflow: auto; border: 1px solid #ddd; margin-top: 12px; }}
@@ -242,6 +259,7 @@ for (const name of ["service", "domain"]) {{
   select.onchange = filter;
 }}
 document.getElementById("ask").onchange = filter;
+const lines = document.getElementById("lines");
 const words = (element, key) => element.dataset[key].split(" ");
 const boxOf = new Map(nodes.map(node => [words(node, "names")[0], node]));
 function filter() {{
@@ -249,14 +267,19 @@ function filter() {{
   const domain = document.getElementById("domain").value;
   const ask = document.getElementById("ask").checked;
   const used = new Set();
+  let count = 0;
   for (const edge of edges) {{
     const ends = words(edge, "ends");
     const near = !domain || ends.some(end => words(boxOf.get(end), "names").includes(domain));
     const fits = !service || lists.of[edge.dataset.services].includes(service);
     const shown = near && fits && (ask || !edge.classList.contains("ask"));
     edge.classList.toggle("gone", !shown);
-    if (shown) ends.forEach(end => used.add(boxOf.get(end)));
+    if (shown) {{
+      count += 1;
+      ends.forEach(end => used.add(boxOf.get(end)));
+    }}
   }}
+  lines.classList.toggle("dense", count > {dense});
   for (const node of nodes) node.classList.toggle("gone", !used.has(node));
 }}
 for (const node of nodes) {{
@@ -275,6 +298,10 @@ def to_html(graph: Graph, title: str = "Permitted calls") -> str:
         f"<p>{html(where)}</p><ul>{''.join(f'<li>{html(str(c))}</li>' for c in group)}</ul>"
         for where, group in _by_target(graph)
     )
+    if told:
+        opened = " open" if len(graph.common) <= _SHOWN else ""
+        summary = "What (nearly) every domain may call, which is not drawn"
+        told = f"<details{opened}><summary>{summary}</summary>{told}</details>"
     services = sorted({name for edge in graph.edges for name in (*edge.allowed, *edge.asked)})
     domains = sorted(member.name for node in graph.nodes for member in node.members)
     # The services of a line by the text of its attribute: names may contain spaces.
@@ -286,6 +313,7 @@ def to_html(graph: Graph, title: str = "Permitted calls") -> str:
         height=round(layout.height),
         body=body,
         common=told,
+        dense=_DENSE,
         lists=_script({"service": services, "domain": domains, "of": of}),
     )
 

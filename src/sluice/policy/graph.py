@@ -68,7 +68,10 @@ class Common(NamedTuple):
         elif len(targets) == 1:
             but = f", but not from {', '.join(sorted(sources))} to {min(targets)}"
         else:
-            but = ", but not " + ", ".join(f"{a} to {b}" for a, b in self.exceptions)
+            into: dict[str, list[str]] = {}
+            for source, target in self.exceptions:
+                into.setdefault(target, []).append(source)
+            but = ", but not " + "; ".join(f"{', '.join(a)} to {b}" for b, a in into.items())
         return f"{self.service}: {'asked' if self.verb == 'ask' else 'allowed'}{but}"
 
 

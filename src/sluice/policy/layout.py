@@ -3,17 +3,23 @@
 The usual four steps: break cycles (an order of nodes that few edges contradict), give each node a
 layer to the right of those that call it, order each layer so that lines cross little (barycentres),
 and place nodes near their neighbours. Lines over several layers get a point in each, so that they
-run between the boxes. Everything is deterministic: one policy gives one picture.
+run between the boxes. Where nearly everybody calls everybody that would be thousands of points, and
+a picture as large as a wall: then the boxes stand in even columns and the lines run behind them.
+Everything is deterministic: one policy gives one picture.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 COLUMN_GAP = 210.0
 ROW_GAP = 26.0
+BEND_GAP = 9.0
+MAX_BENDS = 800
+"""Beyond so many bends of all lines there are none."""
 _SWEEPS = 12
 
 Point = tuple[float, float]
@@ -41,25 +47,35 @@ def arrange(sizes: Mapping[str, tuple[float, float]], edges: Sequence[tuple[str,
     """Place nodes of the given sizes (width, height) and the lines between them."""
     names = list(sizes)
     links = [(a, b) for a, b in edges if a != b]
-    layer = _layers(names, links)
-    slots, chains = _with_bends(names, links, layer)
+    order = _ranked(names, links)
+    layer = _layers(order, links)
+    lengths = (abs(layer[source] - layer[target]) for source, target in links)
+    crowded = sum(max(0, length - 1) for length in lengths) > MAX_BENDS
+    if crowded:
+        columns = math.isqrt(len(order))
+        layer = {name: n * columns // len(order) for n, name in enumerate(order)}
+    slots, chains = _with_bends(names, links, layer, bends=not crowded)
     _order(slots, chains)
     return _place(sizes, edges, layer, slots, chains)
 
 
-def _layers(names: list[str], links: list[tuple[str, str]]) -> dict[str, int]:
+def _ranked(names: list[str], links: list[tuple[str, str]]) -> list[str]:
+    """Return the names in an order that few links contradict: who calls most comes first."""
     balance = dict.fromkeys(names, 0)
     for source, target in links:
         balance[source] += 1
         balance[target] -= 1
-    order = sorted(names, key=lambda name: -balance[name])
+    return sorted(names, key=lambda name: -balance[name])
+
+
+def _layers(order: list[str], links: list[tuple[str, str]]) -> dict[str, int]:
     rank = {name: number for number, name in enumerate(order)}
-    before: dict[str, list[str]] = {name: [] for name in names}
+    before: dict[str, list[str]] = {name: [] for name in order}
     for source, target in links:
         if rank[source] < rank[target]:
             before[target].append(source)
     # Many layers make a long thin picture with long lines; a few more than the root are enough.
-    most = max(2, round(1.4 * len(names) ** 0.5))
+    most = max(2, round(1.4 * len(order) ** 0.5))
     layer: dict[str, int] = {}
     for name in order:
         layer[name] = min(most, max((layer[other] + 1 for other in before[name]), default=0))
@@ -71,21 +87,20 @@ Slot = tuple[str, str, int] | str
 
 
 def _with_bends(
-    names: list[str], links: list[tuple[str, str]], layer: Mapping[str, int]
+    names: list[str], links: list[tuple[str, str]], layer: Mapping[str, int], *, bends: bool
 ) -> tuple[list[list[Slot]], dict[tuple[str, str], list[Slot]]]:
     slots: list[list[Slot]] = [[] for _ in range(max(layer.values(), default=0) + 1)]
     for name in names:
         slots[layer[name]].append(name)
     chains: dict[tuple[str, str], list[Slot]] = {}
     for source, target in links:
-        step = 1 if layer[target] > layer[source] else -1
         chain: list[Slot] = [source]
-        for number in range(layer[source] + step, layer[target], step):
-            if layer[source] == layer[target]:
-                break
-            bend = (source, target, number)
-            slots[number].append(bend)
-            chain.append(bend)
+        if bends and layer[source] != layer[target]:
+            step = 1 if layer[target] > layer[source] else -1
+            for number in range(layer[source] + step, layer[target], step):
+                bend = (source, target, number)
+                slots[number].append(bend)
+                chain.append(bend)
         chains[source, target] = [*chain, target]
     return slots, chains
 
@@ -120,15 +135,16 @@ def _place(
     slots: list[list[Slot]],
     chains: Mapping[tuple[str, str], list[Slot]],
 ) -> Layout:
-    def height(slot: Slot) -> float:
-        return sizes[slot][1] if isinstance(slot, str) else 2.0
+    def room(slot: Slot) -> float:
+        """Return the height that a slot takes, half of the gap above and below it included."""
+        return sizes[slot][1] + ROW_GAP if isinstance(slot, str) else BEND_GAP
 
     y: dict[Slot, float] = {}
     for column in slots:
         at = 0.0
         for slot in column:
-            y[slot] = at + height(slot) / 2
-            at += height(slot) + ROW_GAP
+            y[slot] = at + room(slot) / 2
+            at += room(slot)
         for slot in column:
             y[slot] -= at / 2
     near: dict[Slot, list[Slot]] = {slot: [] for slot in y}
@@ -138,10 +154,10 @@ def _place(
             near[other].append(one)
     for _ in range(8):
         for column in slots:
-            _relax(column, y, near, height)
-    _close_gaps(y, height)
-    top = min((y[s] - height(s) / 2 for s in y), default=0.0) - 40
-    bottom = max((y[s] + height(s) / 2 for s in y), default=0.0) + 40
+            _relax(column, y, near, room)
+    _close_gaps(y, room)
+    top = min((y[s] - room(s) / 2 for s in y), default=0.0) - 27
+    bottom = max((y[s] + room(s) / 2 for s in y), default=0.0) + 27
     x, right = _columns(sizes, slots)
     boxes = {name: Box(x[layer[name]], y[name] - top, *sizes[name]) for name in sizes}
     lines: dict[tuple[str, str], list[Point]] = {}
@@ -157,7 +173,7 @@ def _relax(
     column: list[Slot],
     y: dict[Slot, float],
     near: Mapping[Slot, list[Slot]],
-    height: Callable[[Slot], float],
+    room: Callable[[Slot], float],
 ) -> None:
     """Move the slots of a column towards their neighbours, keeping order and distance."""
     wish = {
@@ -167,22 +183,22 @@ def _relax(
     for forward in (True, False):
         limit = None
         for slot in column if forward else reversed(column):
-            half = height(slot) / 2
+            half = room(slot) / 2
             at = (wish[slot] + y[slot]) / 2 if forward else y[slot]
             if limit is not None:
                 at = max(at, limit + half) if forward else min(at, limit - half)
             y[slot] = at
-            limit = at + half + ROW_GAP if forward else at - half - ROW_GAP
+            limit = at + half if forward else at - half
 
 
-def _close_gaps(y: dict[Slot, float], height: Callable[[Slot], float]) -> None:
+def _close_gaps(y: dict[Slot, float], room: Callable[[Slot], float]) -> None:
     """Move up whatever lies below a band that is empty in every column."""
     shift = 0.0  # how far up everything from here on moves
     bottom: float | None = None  # of all above, before moving
-    for slot in sorted(y, key=lambda slot: y[slot] - height(slot) / 2):
-        half = height(slot) / 2
-        if bottom is not None and y[slot] - half - bottom > ROW_GAP:
-            shift += y[slot] - half - bottom - ROW_GAP
+    for slot in sorted(y, key=lambda slot: y[slot] - room(slot) / 2):
+        half = room(slot) / 2
+        if bottom is not None and y[slot] - half > bottom:
+            shift += y[slot] - half - bottom
         bottom = max(y[slot] + half, bottom if bottom is not None else y[slot] + half)
         y[slot] -= shift
 
