@@ -184,6 +184,14 @@ class Call:
         ("-d", "work", "-c", "ID,src,-5", "user:cmd"),
         ("-d", "work", "-c", "ID,src,5x", "user:cmd"),
         ("-d", "work", "-c", "ID,src,2147483648", "user:cmd"),
+        ("-d", "work", "-c", "ID,src,08", "user:cmd"),
+        ("-d", "work", "-c", "ID,src,0o17", "user:cmd"),
+        ("-d", "work", "-c", "ID,src,0x", "user:cmd"),
+        ("-d", "work", "-c", "ID,src,0x0x5", "user:cmd"),
+        ("-d", "work", "-c", "ID,src,0x+5", "user:cmd"),
+        ("-d", "work", "-w", "0x 5", "user:cmd"),
+        ("-d", "work", "-w", "5 ", "user:cmd"),
+        ("-d", "work", "-w", "5_0", "user:cmd"),
         ("-d", "work", "-c", "I" * 32 + ",src,5", "user:cmd"),
         ("-d", "work", "-c", "ID,dom0,5", "user:cmd"),
         ("-d", "work", "-c", "ID,@adminvm,5", "user:cmd"),
@@ -563,6 +571,28 @@ def test_a_call_is_answered_by_dom0(
 
 
 @pytest.mark.spec("WIRE-231")
+@pytest.mark.parametrize("options", [(), ("-E",)])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (hello(1), 125),
+        (message(STDIN, b"x"), 125),
+        (b"", 125),
+        (hello(4) + message(0x1234), 1),
+        (hello(4) + struct.pack("<II", STDIN, 65537), 1),
+    ],
+)
+def test_a_caller_that_breaks_the_protocol(
+    world: World, options: tuple[str, ...], sent: bytes, status: int
+) -> None:
+    """A handshake that fails is a failed connection (4.4), what comes later a fatal error."""
+    process, data = dom0_call(world, *options, script="#!/bin/sh\ncat\n")
+    data.send(sent)
+    data.sock.shutdown(socket.SHUT_WR)
+    assert process.wait(DEADLINE) == status
+
+
+@pytest.mark.spec("WIRE-231")
 def test_a_caller_that_does_not_appear(world: World) -> None:
     world.service("test.Svc", "#!/bin/sh\nsleep 60\n")
     source = world.daemon("41")
@@ -624,10 +654,19 @@ def test_the_requested_target_in_mode_d(world: World) -> None:
         assert done.stdout == expected
 
 
-def test_a_closed_descriptor_is_refused() -> None:
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("program", ["qrexec-client -d work x", "qrexec-daemon -D -u x 42 src"])
+def test_a_closed_descriptor_is_refused(program: str, closed: str) -> None:
     """A program without 0, 1 or 2 would give these numbers to something else."""
-    script = f"exec {BIN / 'qrexec-client'} -d work x >&-"
-    assert subprocess.run(["/bin/sh", "-c", script], timeout=DEADLINE).returncode == 125
+    name = program.partition(" ")[0]
+    script = f"QREXEC_STARTUP_TIMEOUT=1 exec {BIN}/{program} --socket-dir=/tmp {closed}"
+    done = subprocess.run(["/bin/sh", "-c", script], capture_output=True, timeout=DEADLINE)
+    if name == "qrexec-daemon" and closed == "<&-":
+        assert done.returncode == 3  # it puts /dev/null there itself (6.2)
+        return
+    assert done.returncode == 125
+    if closed != "2>&-":
+        assert done.stderr == f"{name}: descriptor 0, 1 or 2 is closed\n".encode()
 
 
 @pytest.mark.spec("WIRE-232")
@@ -644,3 +683,73 @@ def test_nogui_in_dom0_skips_waiting_only(world: World, prefix: str, waits: bool
     # Other mistakes in the configuration count in both cases.
     config.write_text("force-user = oops\n")
     assert world.run("-d", "dom0", text).returncode == 125
+
+
+# --- what it says -------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_a_daemon_that_cannot_be_asked(world: World) -> None:
+    sockets = os.fsencode(world.sockets)
+    none = b"qrexec-client: nobody: does not run, or not with a daemon here: "
+    none += sockets + b"/qrexec.nobody: No such file or directory\n"
+    assert world.run("-d", "nobody", "user:cmd").stderr == none
+    daemon = world.daemon("work")
+    for options in ((), ("-c", "ID,src,41")):
+        process = world.client("-d", "work", *options, "user:cmd")
+        session = world.accept(daemon)
+        serve_local(session)
+        session.close()
+        said = process.communicate(timeout=DEADLINE)[1]
+        text = b"qrexec-client: work: its daemon closed the connection; its log says why\n"
+        assert said == text
+
+
+def test_a_place_for_vchans_that_is_missing(world: World) -> None:
+    world.vchan.rmdir()
+    daemon = world.daemon("work")
+    process = world.client("-d", "work", "-E", "user:cmd")
+    session = world.accept(daemon)
+    serve_local(session)
+    session.send(message(EXEC_CMDLINE, exec_body(42, 513)))
+    said = process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == 125
+    path = os.fsencode(world.vchan) + b"/vchan.0.42.513.sock"
+    assert said == b"qrexec-client: " + path + b": No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "text"),
+    [
+        (code(127), 127, b"status 127: work has no service test.S+a"),
+        (code(125), 125, b"status 125: work could not start test.S+a; its log says why"),
+        (
+            message(STDERR, b"") + code(127),
+            127,
+            b"status 127: work has no service test.S+a",
+        ),
+        (message(STDERR, b"sh: no\n") + code(127), 127, b""),
+        (message(STDOUT, b"x") + code(125), 125, b""),
+        (code(126), 126, b""),
+        (b"", 255, b"the connection was lost before the exit status of test.S+a came"),
+    ],
+)
+def test_what_is_said_of_a_call_that_fails_without_a_word(
+    world: World, ending: bytes, status: int, text: bytes
+) -> None:
+    daemon = world.daemon("work")
+    process = world.client("-d", "work", "user:QUBESRPC test.S+a dom0", stdin=subprocess.DEVNULL)
+    session = world.accept(daemon)
+    serve_local(session)
+    session.send(message(EXEC_CMDLINE, exec_body(42, 513)))
+    data = world.agent()
+    data.send(hello(4) + message(STDOUT) * (b"x" not in ending) + ending)
+    data.sock.shutdown(socket.SHUT_WR)
+    said = process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == status
+    own = b"".join(line for line in said.splitlines(True) if line.startswith(b"qrexec-client"))
+    assert own == (b"qrexec-client: " + text + b"\n" if text else b"")
+
+
+def test_a_stderr_that_takes_nothing_changes_no_status(world: World) -> None:
+    script = f"exec {BIN / 'qrexec-client'} --socket-dir={world.sockets} -d nobody x 2>/dev/full"
+    assert subprocess.run(["/bin/sh", "-c", script], timeout=DEADLINE).returncode == 125

@@ -10,6 +10,7 @@ import _socket
 import errno
 import os
 import select
+import struct
 import time
 
 from sluice.errors import LocalError, RemoteError
@@ -36,6 +37,28 @@ class Reply:
         self.fds = fds
 
 
+def connect_blocking(path: str, seconds: float) -> _socket.socket:
+    """Connect to the Unix socket ``path``, waiting ``seconds`` at most to be queued there.
+
+    Raises NotRunning where nobody listens, else LocalError; the texts begin with the path.
+    """
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise LocalError(f"the path of a socket is longer than {MAX_PATH} bytes: {path}")
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    # What bounds a blocking connect(); one that does not block would fail at once (EAGAIN).
+    limit = struct.pack("ll", *divmod(int(seconds * 1_000_000), 1_000_000))
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
+    try:
+        sock.connect(os.fsencode(path))
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EAGAIN:
+            raise LocalError(f"{path}: accepts no connection") from error
+        kind = NotRunning if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else LocalError
+        raise kind(f"{path}: {error.strerror}") from error
+    return sock
+
+
 class DaemonConnection:
     """A local client's session with a daemon; it carries one request."""
 
@@ -44,20 +67,16 @@ class DaemonConnection:
 
         Raises NotRunning, LocalError, or RemoteError where the daemon breaks the protocol.
         """
-        path = f"{directory}/qrexec.{name}"
-        if len(os.fsencode(path)) > MAX_PATH:
-            raise LocalError(f"the path of a socket is longer than {MAX_PATH} bytes: {path}")
-        self._sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        self._name = name
         try:
-            self._sock.connect(os.fsencode(path))
-        except OSError as error:
-            self._sock.close()
-            kind = NotRunning if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else LocalError
-            raise kind(f"cannot connect to {path}: {error.strerror}") from error
+            self._sock = connect_blocking(f"{directory}/qrexec.{name}", PATIENCE)
+        except NotRunning as error:
+            text = f"{name}: does not run, or not with a daemon here: {error}"
+            raise NotRunning(text) from error
         hello, _ = self._read(12)
         version = wire.decode_hello(wire.HEADER.unpack(hello[:8])[0], hello[8:])
         if wire.HEADER.unpack(hello[:8])[1] != 4:
-            raise RemoteError("the daemon's HELLO has a wrong length")
+            raise RemoteError(f"{name}: its daemon's HELLO has a wrong length")
         wire.negotiate(version, own=wire.LOCAL_VERSION, minimum=wire.LOCAL_MINIMUM)
         self._send(wire.encode_hello(wire.LOCAL_VERSION))
 
@@ -74,7 +93,8 @@ class DaemonConnection:
         if (got, size) != (kind, 8) or len(fds) not in (0, 2):
             for fd in fds:
                 os.close(fd)
-            raise RemoteError(f"the daemon replied {wire.type_name(got)} of {size} bytes")
+            what = f"{wire.type_name(got)} of {size} bytes"
+            raise RemoteError(f"{self._name}: its daemon replied {what}")
         domain, port, _ = wire.decode_exec(data[8:])
         return Reply(domain, port, fds)
 
@@ -98,9 +118,12 @@ class DaemonConnection:
         try:
             self._sock.sendall(data)
         except OSError as error:
-            raise RemoteError(f"the daemon closed the connection: {error.strerror}") from error
+            raise self._closed() from error
         finally:
             self._sock.settimeout(None)
+
+    def _closed(self) -> RemoteError:
+        return RemoteError(f"{self._name}: its daemon closed the connection; its log says why")
 
     def _read(self, size: int) -> tuple[bytes, list[int]]:
         """Read exactly ``size`` bytes, and what descriptors come with them."""
@@ -110,7 +133,7 @@ class DaemonConnection:
         end = time.monotonic() + PATIENCE
         while len(data) < size:
             if not poll.poll(max(0, (end - time.monotonic()) * 1000)):
-                raise RemoteError("the daemon does not answer")
+                raise RemoteError(f"{self._name}: its daemon does not answer")
             try:
                 piece, more = recv_with_fds(self._sock.fileno(), size - len(data))
             except BlockingIOError:
@@ -121,6 +144,6 @@ class DaemonConnection:
             if not piece:
                 for fd in fds:
                     os.close(fd)
-                raise RemoteError("the daemon closed the connection")
+                raise self._closed()
             data += piece
         return data, fds

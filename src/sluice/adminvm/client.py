@@ -17,7 +17,6 @@ A small program: it loads what only some modes need where it is needed.
 from __future__ import annotations
 
 import os
-import sys
 
 from sluice.adminvm.ask import DaemonConnection
 from sluice.adminvm.client_options import Settings, parse_arguments
@@ -25,12 +24,14 @@ from sluice.agent.options import (
     Exit,
     die_of_broken_pipe,
     die_of_interrupt,
+    explain_silence,
     has_standard_descriptors,
+    write_error,
 )
-from sluice.errors import SluiceError
+from sluice.errors import LocalError, SluiceError
 from sluice.flow.channel import DataChannel
 from sluice.flow.reactor import Reactor
-from sluice.service.command import ServiceError
+from sluice.service.command import MARKER, ServiceError
 from sluice.wire import messages as wire
 
 TYPE_CHECKING = False
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Run the program with its arguments (without its name); returns the exit status (12)."""
     die_of_interrupt()
-    if not has_standard_descriptors():
+    if not has_standard_descriptors("qrexec-client"):
         return wire.EXIT_FAILURE
     try:
         settings = parse_arguments(arguments)
@@ -53,13 +54,13 @@ def main(arguments: list[str]) -> int:
         return _replace(settings) if settings.is_dom0 else _run(settings)
     except Exit as exit_:
         if str(exit_):
-            sys.stderr.write(f"{exit_}\n")
+            write_error(f"{exit_}\n")
         return exit_.status
 
 
 def say(text: str) -> None:
     """Tell the operator."""
-    sys.stderr.write(f"qrexec-client: {text}\n")
+    write_error(f"qrexec-client: {text}\n")
 
 
 # --- mode A -----------------------------------------------------------------------------------
@@ -109,10 +110,10 @@ class _Call:
             return wire.EXIT_FAILURE
         try:
             self._wait_for_peer(reply)
-            self._reactor.run()
         except SluiceError as error:
             say(str(error))
             return wire.EXIT_FAILURE
+        self._reactor.run()
         daemon.close()
         if settings.no_exit_code and self._channel is not None and self._channel.opened:
             return 1 if self.violated else 0
@@ -153,14 +154,17 @@ class _Call:
             return
         from sluice.vchan.socketdir import Server
 
-        self._server = Server(
-            self._reactor,
-            reply.domain,
-            reply.port,
-            lambda fd: self._join(fd, fd, 10.0),
-            timeout or None,
-            self._late,
-        )
+        try:
+            self._server = Server(
+                self._reactor,
+                reply.domain,
+                reply.port,
+                lambda fd: self._join(fd, fd, 10.0),
+                timeout or None,
+                self._late,
+            )
+        except OSError as error:
+            raise LocalError(f"{error.filename}: {error.strerror}") from error
 
     def _late(self) -> None:
         say("the domain did not connect in time")
@@ -194,6 +198,13 @@ class _Call:
             self._channel.process_exited(self._local_status)
 
     def _done(self, status: int) -> None:
+        settings, channel = self._settings, self._channel
+        assert channel is not None
+        service = _service_of(settings.command)
+        if channel.lost or (service and not settings.no_exit_code):
+            why = explain_silence(channel, service or b"the command", settings.target)
+            if why:
+                say(why)
         self._status = status
         self._reactor.stop()
 
@@ -203,6 +214,12 @@ class _Call:
             self._status = wire.EXIT_LOCAL_FAILURE
             self.violated = True
         self._reactor.stop()
+
+
+def _service_of(command: bytes) -> bytes:
+    """Return the descriptor of the service that a command line calls; empty for a shell command."""
+    words = command.partition(b":")[2].split(b" ")
+    return words[1] if words[0] == MARKER and len(words) > 1 else b""
 
 
 # --- mode B -----------------------------------------------------------------------------------
@@ -260,14 +277,15 @@ def _serve(settings: Settings) -> int:
         os.environb[b"QREXEC_REMOTE_DOMAIN"] = settings.source_name
         service.start()
         client = _reach(reactor, reply, settings.timeout, service.connect, failed)
-        reactor.run()
     except SluiceError as error:
         say(str(error))
+        service.close()
         return wire.EXIT_FAILURE
+    reactor.run()
     del client
     daemon.close()
     status, done = int(result[0]), bool(result[1])
-    if not done or service.failed:
+    if not done or service.failed or service.broken:
         return status
     return 0 if settings.no_exit_code else status & 0xFF
 

@@ -93,16 +93,13 @@ class Settings:
 
 def parse_number(text: str, what: str) -> int:
     """Read a C integer that begins with a digit, 0..2^31-1 (12.1). Raises Exit."""
-    number = -1
     lower = text.lower()
-    if lower[:1].isdigit() and lower.isascii() and "_" not in lower and lower == lower.strip():
-        try:
-            if lower.startswith("0x"):
-                number = int(lower[2:], 16)
-            else:
-                number = int(lower, 8 if lower.startswith("0") else 10)
-        except ValueError:
-            number = -1
+    base, digits = (16, lower[2:]) if lower.startswith("0x") else (10, lower)
+    if base == 10 and lower.startswith("0"):
+        base = 8
+    # Not all that int() takes is a number of C: blanks, signs, underscores, prefixes.
+    valid = 0 < len(digits) < 32 and not digits.strip("0123456789abcdef"[:base])
+    number = int(digits, base) if valid else -1
     if not 0 <= number < 1 << 31:
         raise Exit(EXIT_LOCAL_FAILURE, f"qrexec-client: invalid {what}")
     return number

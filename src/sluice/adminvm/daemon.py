@@ -36,7 +36,7 @@ from sluice.adminvm.local import LocalServer, LocalSession
 from sluice.adminvm.logs import FoldedLog
 from sluice.adminvm.session import LocalRequest
 from sluice.adminvm.supervisor import Supervisor
-from sluice.agent.options import UsageError
+from sluice.agent.options import UsageError, has_standard_descriptors
 from sluice.errors import RemoteError, SluiceError
 from sluice.flow.selector import run
 from sluice.vchan.socketdir import Client
@@ -304,6 +304,8 @@ class Daemon:
 
 def main(arguments: list[str]) -> int:
     """Run the program with its arguments (without its name); returns the exit status."""
+    if not has_standard_descriptors("qrexec-daemon", first=1):
+        return wire.EXIT_FAILURE
     null = os.open(os.devnull, os.O_RDWR)
     if null != 0:
         os.dup2(null, 0)

@@ -17,7 +17,7 @@ from sluice.service.command import Command, ServiceError, parse_command
 from sluice.service.configuration import ServiceConfiguration, load_configuration
 from sluice.service.lookup import find_program, find_service
 from sluice.service.start import Started, launch, spawn
-from sluice.wire.messages import EXIT_FAILURE
+from sluice.wire.messages import EXIT_FAILURE, EXIT_LOCAL_FAILURE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class Dom0Call:
         """Take the command without user part (6.9.5).
 
         ``on_done`` is called once, with the service's status, or 1 after a breach of the protocol
-        on the channel. ``on_gone`` is called once when, besides, no process of the call is left:
-        after a breach the service goes on with its streams closed. The paths replace the search
+        on the channel (125 where the handshake failed); ``broken`` is set then. ``on_gone`` is
+        called once when, besides, no process of the call is left: after a breach the service goes
+        on with its streams closed. The paths replace the search
         lists of the environment. ``on_stderr`` gets the descriptor from which the service's stderr
         is to be read, to keep; without it the service has ours.
         """
@@ -91,6 +92,7 @@ class Dom0Call:
         self._exited: int | None = None
         self._pid = -1
         self._over = False
+        self.broken = False
 
     @property
     def failed(self) -> bool:
@@ -215,8 +217,10 @@ class Dom0Call:
         self._channel.fail(self._failed, dom0=True)
 
     def _fatal(self, reason: str) -> None:
+        assert self._channel is not None
         self._log(f"data channel: {reason}")
-        self._done(1)
+        self.broken = True
+        self._done(EXIT_LOCAL_FAILURE if self._channel.opened else EXIT_FAILURE)
 
     def _done(self, status: int) -> None:
         if not self._over:

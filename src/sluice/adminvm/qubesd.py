@@ -61,11 +61,12 @@ def call_blocking(method: str, destination: str, timeout: float = 30.0) -> bytes
 
     Raises LocalError where it cannot be reached, RemoteError as ``decode_reply`` does.
     """
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    from sluice.adminvm.ask import connect_blocking
+
+    sock = connect_blocking(os.environ.get(SOCKET_VARIABLE, DEFAULT_SOCKET), timeout)
     sock.settimeout(timeout)
     reply = b""
     try:
-        sock.connect(os.environ.get(SOCKET_VARIABLE, DEFAULT_SOCKET))
         sock.sendall(encode_request(method, destination))
         sock.shutdown(_socket.SHUT_WR)
         while piece := sock.recv(65536):

@@ -15,8 +15,10 @@ from sluice.agent.options import (
     Exit,
     UsageError,
     die_of_interrupt,
+    explain_silence,
     has_standard_descriptors,
     parse_options,
+    write_error,
 )
 from sluice.errors import LocalError
 from sluice.flow.channel import DataChannel
@@ -24,7 +26,6 @@ from sluice.flow.reactor import Reactor
 from sluice.wire.messages import (
     EXIT_FAILURE,
     EXIT_LOCAL_FAILURE,
-    EXIT_NOT_FOUND,
     EXIT_REFUSED,
     EXIT_USAGE,
 )
@@ -228,67 +229,40 @@ class Client:
         self._program.follow(self._channel)
 
     def _refused(self) -> None:
-        write_error(b"Request refused\n")
+        write_error("Request refused\n")
         self._finish(EXIT_REFUSED)
 
     def _failed(self, reason: str) -> None:
-        write_error(b"qrexec-client-vm: " + reason.encode("ascii", "backslashreplace") + b"\n")
+        write_error(f"qrexec-client-vm: {reason}\n")
         self._finish(EXIT_LOCAL_FAILURE)
 
     def _done(self, status: int) -> None:
-        if reason := self._explain():
-            write_error(f"qrexec-client-vm: {reason}\n".encode())
+        assert self._channel is not None
+        if why := explain_silence(self._channel, self._settings.service, "the target"):
+            write_error(f"qrexec-client-vm: {why}\n")
         self._finish(status & 0xFF)
-
-    def _explain(self) -> str:
-        """Say what is known here of a call that failed without a word; empty for others.
-
-        A service may end with 125 or 127 by its own will: one that wrote anything has begun.
-        """
-        channel = self._channel
-        assert channel is not None
-        code = channel.state.remote_status
-        if not channel.lost and (code not in (EXIT_FAILURE, EXIT_NOT_FOUND) or channel.spoken):
-            return ""
-        # A module that no call in order needs.
-        from sluice.wire.names import escape
-
-        service = escape(self._settings.service)
-        if channel.lost:
-            return f"the connection was lost before the exit status of {service} came"
-        if code == EXIT_NOT_FOUND:
-            return f"status {code}: the target has no service {service}"
-        return f"status {code}: the target could not start {service}; its log says why"
 
     def _finish(self, status: int) -> None:
         self.status = status
         self._loop.stop()
 
 
-def write_error(text: bytes) -> None:
-    """Write to stderr; that it cannot be written is no reason to fail otherwise."""
-    try:  # noqa: SIM105
-        os.write(2, text)
-    except OSError:
-        pass
-
-
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status (11.5)."""
     die_of_interrupt()
-    if not has_standard_descriptors():
+    if not has_standard_descriptors("qrexec-client-vm"):
         return EXIT_FAILURE
     try:
         settings = parse_arguments(arguments)
     except Exit as ending:
         if str(ending):
-            write_error(f"qrexec-client-vm: {ending}\n".encode("utf-8", "surrogateescape"))
+            write_error(f"qrexec-client-vm: {ending}\n")
         return ending.status
     loop = Reactor()
     try:
         client = Client(loop, settings)
     except LocalError as error:
-        write_error(f"qrexec-client-vm: {error}\n".encode("utf-8", "surrogateescape"))
+        write_error(f"qrexec-client-vm: {error}\n")
         return EXIT_LOCAL_FAILURE
     loop.run()
     return client.status

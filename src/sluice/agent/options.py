@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import os
 
+from sluice.wire.messages import EXIT_FAILURE, EXIT_NOT_FOUND
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from sluice.flow.channel import DataChannel
 
 
 class UsageError(Exception):
@@ -30,14 +34,45 @@ class Exit(Exception):
         self.status = status
 
 
-def has_standard_descriptors() -> bool:
-    """Tell whether 0, 1 and 2 are open; without one of them files would be taken for streams."""
-    for fd in (0, 1, 2):
+def has_standard_descriptors(program: str, first: int = 0) -> bool:
+    """Tell whether 0, 1 and 2 are open; without one of them files would be taken for streams.
+
+    Says so in the name of ``program`` where stderr can take it. ``first`` is the first looked at.
+    """
+    for fd in range(first, 3):
         try:
             os.fstat(fd)
         except OSError:
+            write_error(f"{program}: descriptor 0, 1 or 2 is closed\n")
             return False
     return True
+
+
+def write_error(text: str) -> None:
+    """Write to stderr; that it cannot be written is no reason to fail otherwise."""
+    try:  # noqa: SIM105
+        os.write(2, text.encode("utf-8", "surrogateescape"))
+    except OSError:
+        pass
+
+
+def explain_silence(channel: DataChannel, service: bytes, target: str) -> str:
+    """Say what a caller knows of a call that failed without a word; empty for others.
+
+    A service may end with 125 or 127 by its own will: one that wrote anything has begun.
+    """
+    code = channel.state.remote_status
+    if not channel.lost and (code not in (EXIT_FAILURE, EXIT_NOT_FOUND) or channel.spoken):
+        return ""
+    # A module that no call in order needs.
+    from sluice.wire.names import escape
+
+    name = escape(service)
+    if channel.lost:
+        return f"the connection was lost before the exit status of {name} came"
+    if code == EXIT_NOT_FOUND:
+        return f"status {code}: {target} has no service {name}"
+    return f"status {code}: {target} could not start {name}; its log says why"
 
 
 def die_of_interrupt() -> None:

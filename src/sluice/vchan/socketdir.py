@@ -101,8 +101,9 @@ class Server:
         try:
             self._socket.bind(self.path)
             self._socket.listen(1)
-        except OSError:
+        except OSError as error:
             self._socket.close()
+            error.filename = self.path
             raise
         self._retry: Handle | None = None
         self._listen()
