@@ -53,12 +53,12 @@ def test_a_program_on_one_socket_twice(driver: Driver) -> None:
     theirs.close()
     call.peer.send(m.DATA_STDOUT, b"output")
     call.peer.send(m.DATA_STDOUT)
-    ours.settimeout(5)
+    ours.settimeout(30)
     assert ours.recv(100) == b"output"
     ours.sendall(b"input")
     driver.until(lambda: call.peer.stream(m.DATA_STDIN) == b"input")
     call.peer.send(m.DATA_EXIT_CODE, m.I32.pack(2))
-    driver.until(lambda: call.peer.eof, 5)
+    driver.until(lambda: call.peer.eof)
     assert status_of(pid) == 2
     ours.close()
     call.peer.close()

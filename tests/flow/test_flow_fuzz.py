@@ -97,11 +97,12 @@ def test_any_bytes(
         if call.stdin.read_fd >= 0:
             call.stdin.listen()
         call.peer.close()
-        driver.until(lambda: call.over, 5)
+        driver.until(lambda: call.over)
     assert len(call.results) + len(call.fatals) == 1
     assert all(0 <= status <= 255 for status in call.results)
     call.close()
-    assert count_fds() == before
+    # Fewer, where the collector found what an earlier test left.
+    assert count_fds() <= before
     driver.close()
 
 

@@ -468,5 +468,6 @@ def test_any_order_of_operations_ends_once(
     assert pump.held == 0
     assert pump.moved + pump.discarded == pump.taken + emitted
     one.close()
-    assert count_fds() == before
+    # Fewer, where the collector found what an earlier test left.
+    assert count_fds() <= before
     driver.close()

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tests.support.listening import listens
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = ROOT / "src" / "sluice" / "bin"
 DEADLINE = 20.0
@@ -295,7 +297,7 @@ class AgentUnderTest:
         if handshake:
             self.control.expect_hello()
             self.control.hello(version)
-            until(place.agent_socket.exists, "the trigger socket")
+            until(lambda: listens(place.agent_socket), "the trigger socket")
 
     def request(
         self, kind: int, domain: int, port: int, text: bytes, *, server: bool = True
@@ -371,7 +373,7 @@ class System:
 
     def ready(self) -> None:
         """Wait until calls can be made."""
-        until((self.sockets / "qrexec.domX").exists, "the daemon's socket")
+        until(lambda: listens(self.sockets / "qrexec.domX"), "the daemon's socket")
 
     def client(self, text: str, data: bytes = b"") -> tuple[int, bytes, bytes]:
         """Call a service as dom0 does."""

@@ -17,7 +17,7 @@ from sluice.flow.reactor import Reactor
 from sluice.vchan.passed import make_pair
 from sluice.wire import messages as m
 
-DEADLINE = 10.0
+DEADLINE = 20.0
 
 
 class Driver:

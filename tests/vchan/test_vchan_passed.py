@@ -31,7 +31,7 @@ CARRYING = (m.EXEC_CMDLINE, m.JUST_EXEC, m.SERVICE_CONNECT)
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A control channel: stream sockets."""
-    before = count_fds()
+    before = count_fds(collect=True)
     one, other = socket.socketpair()
     yield one, other
     one.close()
@@ -53,7 +53,7 @@ def names(fds: list[int]) -> list[str]:
 
 @pytest.mark.spec("WIRE-241")
 def test_a_call_is_two_pipes() -> None:
-    before = count_fds()
+    before = count_fds(collect=True)
     (first_read, first_write), (second_read, second_write) = make_pair()
     ends = [first_read, first_write, second_read, second_write]
     os.write(first_write, b"there")
@@ -148,7 +148,7 @@ def test_several_ancillary_messages_of_odd_size() -> None:
         fds = some_fds(2)
         one.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
         close_all(fds)
-        before = count_fds()
+        before = count_fds(collect=True)
         _, got = recv_with_fds(other.fileno(), 10)
         # With credentials asked for there may be no room for the descriptors: then none is left.
         close_all(got)
@@ -283,4 +283,5 @@ def test_any_split_gives_each_message_its_own(
         receiver.drain()
         assert receiver.messages == expected
         receiver.reader.close()
-    assert count_fds() == before
+    # Fewer, where the collector found what an earlier test left.
+    assert count_fds() <= before
