@@ -814,6 +814,15 @@ def test_record_aborts_at_its_bounds_and_when_the_disk_is_full(tmp_path: Path) -
 
 
 @pytest.mark.spec("PROXY-064")
+def test_record_aborts_when_only_a_part_of_it_fits_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = play(Record, directory=str(tmp_path)).open()
+    monkeypatch.setattr(os, "writev", lambda fd, pieces: os.write(fd, b"".join(pieces)[:-1]))
+    book >> data(SRC2DST, b"xyz") << aborts("no space left", "filter") << nothing()
+
+
+@pytest.mark.spec("PROXY-064")
 def test_calls_that_are_recorded_at_once_share_the_quota(tmp_path: Path) -> None:
     quota, piece = 1 << 20, b"x" * 4096
     books = [play(Record, directory=str(tmp_path), quota=quota).open() for _ in range(8)]

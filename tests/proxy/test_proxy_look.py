@@ -238,7 +238,7 @@ def _top(qube: Vm, kind: str) -> tuple[subprocess.Popen[bytes], int]:
     return process, master
 
 
-def _until(master: int, part: bytes, timeout: float = 10) -> bytes:
+def _until(master: int, part: bytes, timeout: float = 30) -> bytes:
     deadline = time.monotonic() + timeout
     seen = b""
     while part not in seen:
