@@ -246,7 +246,9 @@ class Bubblewrap:
         """Return the ids of one domain; hers for good from the first time on."""
         if self.ids.mode == SINGLE:
             return self.ids.map_for(0)
-        return self.ids.map_for(self._slots.take(domain.uuid, self._paths.state, self.ids.slots))
+        ids = self.ids
+        slot = self._slots.take(domain.uuid, self._paths.state, ids.slots, ids.origin)
+        return ids.map_for(slot)
 
     async def spaces(self, domain: DomainConfig, ids: IdMap) -> Namespaces | None:
         """Return the two user namespaces of a domain with ids of its own; made once."""

@@ -86,6 +86,11 @@ class Ids:
         return RANGE_SIZE if self.mode == RANGES else SUBORDINATE_SIZE
 
     @property
+    def origin(self) -> int:
+        """Where slot 0 is in the file of slots, which counts ranges from the usual base."""
+        return (self.uid_base - DEFAULT_BASE) // RANGE_SIZE if self.mode == RANGES else 0
+
+    @property
     def slots(self) -> int:
         """How many domains can have ids of their own."""
         return self.count // self.slot_size
@@ -148,6 +153,7 @@ def detect(uid_base: int | None = None, *, single: bool = False) -> Ids:
         if single:
             raise LocalError("domains never have host root's id: start as an ordinary user")
         base = DEFAULT_BASE if uid_base is None else uid_base
+        base = -(-base // RANGE_SIZE) * RANGE_SIZE  # so that ranges meet wholly or not at all
         end = min(_mapped_until(base, "uid"), _mapped_until(base, "gid"))
         if end - base < RANGE_SIZE:
             raise LocalError(
@@ -227,30 +233,33 @@ class Slots:
         """Take the file; it is made when first needed."""
         self._path = path or slots_file()
 
-    def take(self, uuid: str, state: Path, limit: int) -> int:
+    def take(self, uuid: str, state: Path, limit: int, origin: int = 0) -> int:
         """Return the slot of a domain, a new one if it has none. Raises ResourceError if full.
 
-        Slots of systems in temporary places are free again when those are gone; of others only
-        when nothing else is left, for a disk that is not mounted now may come back.
+        The result counts from ``origin`` (``Ids.origin``) and is below ``limit``; in the file slots
+        count from 0, so that systems with different bases do not meet. Slots of systems in
+        temporary places are free again when those are gone; of others only when nothing else is
+        left, for a disk that is not mounted now may come back.
         """
+        # Slot 0 stays unused: its first id would be the base itself, which people write down.
+        ours = range(origin + 1, origin + limit)
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             entries = _parse(file.read())
             for slot, (owner, _) in entries.items():
-                if owner == uuid:
-                    return slot
+                if owner == uuid and slot in ours:
+                    return slot - origin
             kept = {slot: entry for slot, entry in entries.items() if not _forgotten(entry[1])}
-            if len(kept) + 1 >= limit:
+            if all(slot in kept for slot in ours):
                 kept = {slot: entry for slot, entry in kept.items() if os.path.isdir(entry[1])}
-            # Slot 0 stays unused: its first id would be the base itself, which people write down.
-            slot = next(number for number in range(1, len(kept) + 2) if number not in kept)
-            if slot >= limit:
+            free = next((slot for slot in ours if slot not in kept), None)
+            if free is None:
                 raise ResourceError(f"no user ids are left: there are {limit} ranges of them")
-            kept[slot] = (uuid, str(state))
+            kept[free] = (uuid, str(state))
             _rewrite(file.fileno(), kept)
-        return slot
+        return free - origin
 
     def release(self, uuid: str) -> None:
         """Free the slot of a domain that was removed together with its files."""
@@ -270,7 +279,10 @@ def _rewrite(descriptor: int, entries: dict[int, tuple[str, str]]) -> None:
     """
     text = "".join(f"{number} {who} {where}\n" for number, (who, where) in entries.items())
     data = os.fsencode(text)
-    os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size, b"\n"), 0)
+    padded = data.ljust(os.fstat(descriptor).st_size, b"\n")
+    if os.pwrite(descriptor, padded, 0) < len(padded):
+        # A range that is not written down would be given to somebody else, too.
+        raise ResourceError("no room on the disk to note whose user ids are whose")
     os.ftruncate(descriptor, len(data))
 
 
@@ -284,6 +296,6 @@ def _parse(text: str) -> dict[int, tuple[str, str]]:
     for line in text.splitlines():
         slot, _, rest = line.partition(" ")
         uuid, _, state = rest.partition(" ")
-        if slot.isdigit() and state:
+        if slot.removeprefix("-").isdigit() and state:
             entries[int(slot)] = (uuid, state)
     return entries
