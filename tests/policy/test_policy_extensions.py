@@ -17,6 +17,7 @@ from sluice.policy.problems import PolicySyntaxError
 from sluice.policy.response import encode
 from sluice.policy.rules import OPT_IN, Hop, Limit, Request, Rule
 from sluice.policy.system_info import Domain, SystemInfo
+from sluice.policy.tokens import MAX_PARTS
 
 HEAD = OPT_IN + "\n"
 
@@ -128,6 +129,22 @@ def test_bad_conjunctions(line: str, text: str, marked: str | None) -> None:
     assert found.message == text
     if marked is not None:
         assert line[found.column - 1 :][: found.width] == marked
+
+
+@pytest.mark.spec("POL-248")
+@pytest.mark.parametrize("column", ["source", "target"])
+def test_conjunctions_are_bounded(column: str) -> None:
+    """As many parts as anybody writes; more are an error, not a crash of the index."""
+    for count in (MAX_PARTS, MAX_PARTS + 1, 5000):
+        token = ",".join(f"@tag:t{number}" for number in range(count))
+        line = f"t.S * {token} b deny" if column == "source" else f"t.S * a {token} deny"
+        if count <= MAX_PARTS:
+            assert len(getattr(parse_text(HEAD + line).rules[0], column).parts) == count
+            continue
+        with pytest.raises(PolicySyntaxError) as caught:
+            parse_text(HEAD + line)
+        assert caught.value.message == f"a conjunction of {count} parts: at most {MAX_PARTS}"
+        assert line[caught.value.column - 1 :][: caught.value.width] == token
 
 
 @pytest.mark.spec("POL-248")

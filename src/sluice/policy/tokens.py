@@ -25,6 +25,9 @@ TAG_PREFIX = "@tag:"
 DISPVM_PREFIX = "@dispvm:"
 DISPVM_TAG_PREFIX = "@dispvm:@tag:"
 
+MAX_PARTS = 32
+"""Of a conjunction: the index descends one level for each."""
+
 
 class Column(Enum):
     """A place where a token can stand; the value is the word used for it in error texts."""
@@ -97,8 +100,12 @@ def recognise(word: str, column: Column, *, extensions: bool = False) -> Token:
     if not extensions or "," not in word:
         check(word, column)
         return Token(word, (word,))
+    words = word.split(",")
+    if len(words) > MAX_PARTS:
+        message = f"a conjunction of {len(words)} parts: at most {MAX_PARTS}"
+        raise TokenError(message, 0, len(word))
     offset = 0
-    for part in word.split(","):
+    for part in words:
         try:
             check(part, column)
         except TokenError as error:
@@ -107,7 +114,7 @@ def recognise(word: str, column: Column, *, extensions: bool = False) -> Token:
             message = f"a name cannot be part of a conjunction: '{part}'"
             raise TokenError(message, offset, len(part))
         offset += len(part) + 1
-    return Token(word, tuple(sorted(set(word.split(",")))))
+    return Token(word, tuple(sorted(set(words))))
 
 
 def is_literal(word: str) -> bool:
