@@ -157,6 +157,7 @@ class StandAlone:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("s", "v", "rpc", "src", "dst"):
             (directory / name).mkdir()
         service = directory / "rpc" / "test.Echo"
@@ -188,7 +189,7 @@ class StandAlone:
             if os.geteuid() == 0:
                 agent = ["/usr/bin/setpriv", "--bounding-set=-setuid,-setgid", *agent]
             self.spawn(domid, *agent)
-            self.spawn(
+            self.daemons[name] = self.spawn(
                 0,
                 str(BIN / "qrexec-daemon"),
                 "--direct",
@@ -232,7 +233,8 @@ async def policy_daemon(path: Path) -> asyncio.Server:
         await writer.drain()
         writer.close()
 
-    return await asyncio.start_unix_server(serve, str(path), backlog=300)
+    # Few wait to be accepted: the others' connections must wait for a place in the queue.
+    return await asyncio.start_unix_server(serve, str(path), backlog=5)
 
 
 @pytest.mark.spec("WIRE-065")
@@ -262,6 +264,67 @@ def test_128_calls_at_once_between_two_domains_then_refused(stand_alone: StandAl
             assert again.stdout == b"again"
 
     asyncio.run(main())
+
+
+@pytest.mark.alone
+@pytest.mark.spec("WIRE-030")
+def test_the_end_of_a_daemon_under_load_takes_less_than_two_seconds(
+    stand_alone: StandAlone,
+) -> None:
+    """With calls between domains, services of dom0 that ignore signals, and open questions."""
+    stand_alone.program.write_text(
+        '#!/bin/sh\ncase "$4" in\n'
+        "*Never*) sleep 1000;;\n"
+        f"*Sleep*) cat <<X\n{allow(target='dom0', requested_target='dom0').decode()}\nX\n;;\n"
+        f"*) cat <<X\n{allow(user=USER).decode()}\nX\n;;\nesac\n"
+    )
+    service = stand_alone.directory / "rpc" / "test.Sleep"
+    service.write_text("#!/bin/sh\ntrap '' TERM INT HUP\nsleep 1000\n")
+    service.chmod(0o755)
+    daemon = stand_alone.daemons["src"]
+
+    async def main() -> None:
+        path = stand_alone.directory / "src" / "agent"
+        async with asyncio.timeout(60):
+            opened = await asyncio.gather(
+                *(ask(path, "dst", "test.Echo") for _ in range(60)),
+                *(ask(path, "dom0", "test.Sleep") for _ in range(40)),
+            )
+            asked = [asyncio.ensure_future(ask(path, "dst", "test.Never")) for _ in range(40)]
+            # The service and its sleep, or the program and its, are one session each.
+            await until(lambda: len(sessions_of(daemon.pid)) == 80, "services and programs")
+            sessions = set(sessions_of(daemon.pid))
+            began = time.monotonic()
+            daemon.terminate()
+            assert await asyncio.to_thread(daemon.wait, 10) == 0
+            assert time.monotonic() - began < 2
+            await until(lambda: not alive_in(sessions), "the end of all children")
+            for ending in await asyncio.gather(*asked, return_exceptions=True):
+                assert isinstance(ending, CallRefused)
+            for one in opened:
+                os.close(one.read_fd)
+                if one.write_fd != one.read_fd:
+                    os.close(one.write_fd)
+                one.request.close()
+
+    asyncio.run(main())
+
+
+def sessions_of(pid: int) -> list[int]:
+    """The sessions of the children of a process; each child leads one."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive_in(sessions: set[int]) -> list[int]:
+    """The processes of sessions that are no zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                words = (entry / "stat").read_text().rpartition(")")[2].split()
+                if words[0] != "Z" and int(words[3]) in sessions:
+                    found.append(int(entry.name))
+    return found
 
 
 def test_50_calls_at_once_with_the_policy_program(stand_alone: StandAlone) -> None:
