@@ -175,6 +175,9 @@ def test_positions_win_over_names_and_count_from_0(tmp_path: Path) -> None:
      ('{"x": {"plugins": ["pas"]}}', "unknown filter 'pas'"),
      ('{"x": {"plugins": ["timeout"], "config": {"timeout": {"src2ds": 1}}}}', "'src2dst'"),
      ('{"x": {"plugins": ["timeout"], "config": []}}', "must be an object"),
+     ('{"x": {"pluggins": ["stop_dst"]}}', r"x\.pluggins: unknown key .did you mean 'plugins'"),
+     ('{"x": {"plugins": ["timeout"], "config": {"timeot": {}}}}', "did you mean 'timeout'"),
+     ('{"x": {"plugins": ["pass"], "confg": {}}}', "did you mean 'config'"),
      ('{"a b": {"plugins": []}}', "illegal name")],
 )  # fmt: skip
 def test_mistakes_in_it(tmp_path: Path, content: str, part: str) -> None:
@@ -182,6 +185,15 @@ def test_mistakes_in_it(tmp_path: Path, content: str, part: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=part):
         load(str(path))
+
+
+@pytest.mark.spec("PROXY-016")
+def test_what_the_earlier_proxy_did_not_look_at_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config = {"0": {}, "7": {}, "stop_src": {}, "src_plugin": {}, "note": {}}
+    entry = {"plugins": ["stop_dst"], "comment": "x", "config": config}
+    path.write_text(json.dumps({"x": entry, "version": 3}))
+    assert list(load(str(path)).chains) == ["x"]
 
 
 @pytest.mark.spec("PROXY-016")

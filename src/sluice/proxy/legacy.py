@@ -18,7 +18,7 @@ from sluice.proxy.loader import Filters
 from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.names import is_valid_chain_name
 from sluice.proxy.plugin_files import plugin_file
-from sluice.proxy.schema import FieldError, show_value, use_filter
+from sluice.proxy.schema import FieldError, show_value, suggest, use_filter
 
 # The ordinary ends of a call, in the words of the earlier proxy.
 DEFAULT_END = "default"
@@ -56,6 +56,13 @@ def _chain(
         raise wrong("plugins", "must be a list of names")
     if not isinstance(config, dict):
         raise wrong("config", "must be an object")
+    for given, known, place in (
+        (entry, ("plugins", "config", "description"), ""),
+        (config, (*plugins, "src_plugin", "dst_plugin"), "config."),
+    ):
+        key, hint = misspelt(given, known)
+        if hint is not None:
+            raise wrong(place + key, "unknown key", hint)
     directories = plugin_directories(path, settings)
     ends, middle = split_ends(plugins, directories)
     uses: list[FilterUse] = []
@@ -136,6 +143,19 @@ def plugin_directories(path: str, settings: ProxySettings) -> list[str]:
     beside = os.path.dirname(os.path.abspath(path))
     found = [*settings.legacy_plugins, beside + "/plugins", beside]
     return [directory for directory in found if os.path.isdir(directory)]
+
+
+def misspelt(given: dict[str, Any], known: tuple[str, ...]) -> tuple[str, str | None]:
+    """Return a key that means nothing but is nearly one that does, and which one; else None.
+
+    The earlier program ignored whatever it did not know, and files may rely on it.
+    """
+    for key in given:
+        meant = key in known or key in EARLIER or key.isdigit()
+        hint = None if meant else suggest(key, known)
+        if hint is not None and hint.startswith("did you mean"):
+            return key, hint
+    return "", None
 
 
 def options_of(config: dict[str, Any], place: int, plugin: str) -> Any:
