@@ -31,6 +31,7 @@ from tests.support.agent import (
     send_fds,
     streams,
 )
+from tests.support.ports import free_port
 
 ME = SELF.encode()
 
@@ -203,14 +204,6 @@ def test_the_agent_and_the_fork_server_together(place: Place) -> None:
 
 
 # --- qvm-connect-tcp ----------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    probe = socket.socket()
-    probe.bind(("127.0.0.1", 0))
-    port: int = probe.getsockname()[1]
-    probe.close()
-    return port
 
 
 def test_connect_tcp_makes_a_call_of_each_connection(place: Place) -> None:

@@ -120,7 +120,7 @@ def test_the_agent_is_process_1_and_reaps_orphans(place: Place) -> None:
     # Orphans that have ended must not stay behind as zombies.
     script = (
         b"root:echo $QREXEC_AGENT_PID; sh -c 'sleep 0 & exec true'; "
-        b"for i in 1 2 3 4 5 6 7 8 9 10; do "
+        b"for i in $(seq 200); do "
         b"z=$(grep -l '^State:.Z' /proc/[0-9]*/status); [ -z \"$z\" ] && break; sleep 0.1; done; "
         b'echo "zombies:$z"'
     )
@@ -168,7 +168,7 @@ def test_the_trigger_sockets_answer_carries_the_descriptors(place: Place) -> Non
     assert os.read(numbers[0], 10) == b"in"
     os.write(numbers[1], b"out")
     assert os.read(other_read, 10) == b"out"
-    until(lambda: agent.descriptors() == before, "the agent's copies closed")
+    until(lambda: agent.descriptors() <= before, "the agent's copies closed")
     client.close()
     agent.terminated(70000)
     for fd in (*numbers, one_write, other_read):
@@ -197,7 +197,7 @@ def test_a_wrong_number_of_descriptors_ends_that_call_only(
     agent.terminated(5)
     if kind == CONNECT:
         assert client.recv(8) == b""
-    until(lambda: agent.descriptors() == before, "nothing left open")
+    until(lambda: agent.descriptors() <= before, "nothing left open")
     messages = agent.call(ME + b":echo fine", 6).rest()
     assert streams(messages, STDOUT) == b"fine\n"
     agent.terminated(6)
@@ -216,7 +216,8 @@ def test_no_descriptor_is_left_of_calls_that_are_over(place: Place) -> None:
             wire.rest()
         wire.close()
         agent.terminated(number)
-    until(lambda: agent.descriptors() == before, "all descriptors closed")
+    # Some of the first call's may still have been open then: fewer is right too.
+    until(lambda: agent.descriptors() <= before, "all descriptors closed")
 
 
 @pytest.mark.spec("WIRE-137", "WIRE-251")
@@ -237,7 +238,7 @@ def test_a_client_that_cannot_be_given_descriptors_disturbs_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The user's allowance of in-flight descriptors is used up: one call fails, others go on."""
-    user = 60000 + os.getpid() % 5000
+    user = 60000 + os.getpid() % 1000
     ids = [f"--reuid={user}", f"--regid={user}", "--clear-groups", "--"]
     monkeypatch.setattr("tests.support.agent.give", lambda path: os.chown(path, user, user))
     monkeypatch.setattr(f"{__name__}.as_user", lambda words: ["setpriv", *ids, *words])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.support.adminvm import (
@@ -276,6 +278,13 @@ def test_a_port_is_released_by_its_end(daemon: DaemonHarness) -> None:
     assert daemon.allocated(7)[1] == 513
 
 
+def stop(pid: int) -> None:
+    """Have a process stand still, and wait until it does."""
+    os.kill(pid, signal.SIGSTOP)
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "standing still")
+
+
 @pytest.mark.spec("WIRE-042")
 def test_a_client_that_left_gets_no_port_and_nothing_is_forwarded(
     daemon: DaemonHarness,
@@ -284,7 +293,7 @@ def test_a_client_that_left_gets_no_port_and_nothing_is_forwarded(
     for _ in range(3):
         client = daemon.local()
         assert daemon.process is not None
-        daemon.process.send_signal(signal.SIGSTOP)  # it must not answer before the client is gone
+        stop(daemon.process.pid)  # it must not answer before the client is gone
         client.send(message(EXEC_CMDLINE, exec_body(0, 0, b"user:left\0")))
         client.sock.close()
         daemon.process.send_signal(signal.SIGCONT)

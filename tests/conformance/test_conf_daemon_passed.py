@@ -256,7 +256,7 @@ def test_the_1025th_call_is_refused() -> None:
             assert struct.unpack_from("<I", body, 4)[0] == call.number
             close_all(*fds, call.read_fd, call.write_fd)
         a.send(message(TERMINATED, exec_body(0, calls[500].number)))
-        await asyncio.wait_for(calls[500].ended, 5)
+        await asyncio.wait_for(calls[500].ended, 20)
         call = world.system.dispatcher.open(run, b"u:x", EXEC_CMDLINE)
         close_all(call.read_fd, call.write_fd)
 
@@ -288,7 +288,10 @@ def test_a_domains_calls_over_its_bound_are_refused() -> None:
 
 
 @pytest.mark.spec("WIRE-250")
-def test_a_flood_of_triggers_is_refused_and_folded() -> None:
+def test_a_flood_of_triggers_is_refused_and_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # However long it takes to answer them, no more are taken than at once.
+    monkeypatch.setattr("sluice.adminvm.run.TRIGGER_RATE", 1e-6)
+
     async def scene(world: World, judge: PlayedJudge) -> None:
         judge.rulings.clear()
         a, b = await world.start("a", "b")
@@ -309,7 +312,8 @@ def test_a_flood_of_triggers_is_refused_and_folded() -> None:
             lambda: sum(r.get("count", 1) for r in world.records()) >= count, "all refusals"
         )
         folded = [r for r in world.records() if r.get("count")]
-        assert 1 <= len(folded) <= 4
+        # One a second, while they come.
+        assert 1 <= len(folded) <= 60
         assert all(r["source"] == "a" and "too many" in r["cause"] for r in folded)
         assert len(world.records()) < 700
 
@@ -521,7 +525,7 @@ async def _client(system: AdminVM, *arguments: str, data: bytes = b"") -> tuple[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(data), 20)
+    out, err = await asyncio.wait_for(process.communicate(data), 60)
     assert process.returncode is not None
     return process.returncode, out, err
 
@@ -611,7 +615,11 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users")
 @pytest.mark.spec("WIRE-248")
 def test_descriptors_in_flight_of_one_domain_do_not_stop_the_calls_of_others() -> None:
     done = subprocess.run(
-        _as_user(64123, FLIGHT), capture_output=True, text=True, timeout=30, check=True
+        _as_user(61000 + os.getpid() % 1000, FLIGHT),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     code, count = map(int, lines["flood"].split())
@@ -625,7 +633,10 @@ def test_descriptors_in_flight_of_one_domain_do_not_stop_the_calls_of_others() -
 def test_pipe_pages_of_one_domain_do_not_shrink_the_pipes_of_others() -> None:
     """With a user id for each domain, which is how domains run wherever there are ids."""
     flood = subprocess.Popen(
-        _as_user(64124, PAGES, "flood"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        _as_user(62000 + os.getpid() % 1000, PAGES, "flood"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert flood.stdout is not None
     try:
@@ -633,7 +644,11 @@ def test_pipe_pages_of_one_domain_do_not_shrink_the_pipes_of_others() -> None:
         assert code == errno.EPERM
         assert count > 10
         other = subprocess.run(
-            _as_user(64125, PAGES, "look"), capture_output=True, text=True, timeout=30, check=True
+            _as_user(63000 + os.getpid() % 1000, PAGES, "look"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
         assert int(other.stdout) == 65536
     finally:

@@ -113,7 +113,7 @@ def test_an_agent_out_of_reach_ends_the_start(daemon: DaemonHarness) -> None:
     began = time.monotonic()
     daemon.spawn(QREXEC_STARTUP_TIMEOUT="1")
     assert daemon.ended() == 3
-    assert 0.9 < time.monotonic() - began < 4
+    assert 0.9 < time.monotonic() - began < 10
 
 
 def test_an_agent_that_can_never_be_reached_ends_the_start_at_once(
@@ -143,12 +143,14 @@ def test_a_timeout_of_zero_does_not_end_the_start_at_once(daemon: DaemonHarness)
 def find_daemon(daemon: DaemonHarness) -> int:
     """The process id of a daemon in the background, by its log file's owner."""
     log = daemon.directory / "qrexec.src.log"
-    line = wait_until(lambda: log.read_text(), "a log line")
+    line = wait_until(lambda: log.exists() and log.read_text(), "a log line")
     return int(line.partition("qrexec-daemon[")[2].partition("]")[0])
 
 
 @pytest.mark.spec("WIRE-028")
 def test_the_parent_leaves_when_the_sockets_exist(daemon: DaemonHarness) -> None:
+    log = daemon.directory / "qrexec.src.log"
+    log.write_text("of an earlier run\n")
     daemon.listen()
     process = daemon.spawn(direct=False)
     assert daemon.control is not None
@@ -160,6 +162,9 @@ def test_the_parent_leaves_when_the_sockets_exist(daemon: DaemonHarness) -> None
     assert daemon.names() == LINKS
     pid = find_daemon(daemon)
     assert os.getsid(pid) == pid
+    streams = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)]
+    assert streams == ["/dev/null", str(log), str(log)]
+    assert "earlier" not in log.read_text()
     pidfd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not daemon.names(), "the end of the daemon")
@@ -175,13 +180,28 @@ def test_the_parent_tells_of_a_failed_start(daemon: DaemonHarness) -> None:
     assert daemon.ended() == 1
 
 
+@pytest.mark.spec("WIRE-028")
+def test_a_new_log_is_for_its_group_too(daemon: DaemonHarness) -> None:
+    daemon.listen()
+    daemon.spawn(direct=False)
+    daemon.greet()
+    assert daemon.ended() == 0
+    assert stat.S_IMODE(os.stat(daemon.directory / "qrexec.src.log").st_mode) == 0o660
+    os.kill(find_daemon(daemon), signal.SIGTERM)
+    wait_until(lambda: not daemon.names(), "the end of the daemon")
+
+
 @pytest.mark.alone
 @pytest.mark.spec("WIRE-026")
-def test_the_parent_passes_the_timeout_on_and_shows_dots(daemon: DaemonHarness) -> None:
-    process = daemon.spawn(direct=False, QREXEC_STARTUP_TIMEOUT="2")
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_parent_passes_the_timeout_on_and_shows_dots(
+    daemon: DaemonHarness, quiet: bool
+) -> None:
+    more = ["-q"] * quiet
+    process = daemon.spawn(*more, "42", "src", direct=False, QREXEC_STARTUP_TIMEOUT="2")
     assert daemon.ended() == 3
     assert process.stderr is not None
-    assert process.stderr.read().startswith(b".")
+    assert (process.stderr.read()[:1] == b".") is not quiet
 
 
 @pytest.mark.spec("WIRE-029")
