@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from tests.support.agent import BIN, DEADLINE, Place, a_place, as_user, until
+from tests.support.agent import BIN, DEADLINE, ROOT, Place, a_place, as_user, until
 
 
 @pytest.fixture
@@ -18,11 +18,26 @@ def place() -> Iterator[Place]:
         yield made
 
 
-def run(place: Place, *words: str, data: bytes = b"") -> tuple[int, bytes, bytes]:
+# The program on a machine of which the tester says what system log it has.
+ON_A_MACHINE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sluice.agent import log, multiplexer
+log.SYSTEM_LOGS = (sys.argv[2],)
+sys.exit(multiplexer.main(sys.argv[3:]))
+"""
+
+
+def run(
+    place: Place, *words: str, data: bytes = b"", system_log: str | None = None
+) -> tuple[int, bytes, bytes]:
     environment = place.environment(QREXEC_FOO="stale")
     environment["PATH"] = f"{place.path}/bin:{environment['PATH']}"
+    program = [str(BIN / "qubes-rpc-multiplexer")]
+    if system_log is not None:
+        program = ["/usr/bin/python3", "-IS", "-c", ON_A_MACHINE, str(ROOT / "src"), system_log]
     done = subprocess.run(
-        as_user([str(BIN / "qubes-rpc-multiplexer"), *words]),
+        as_user([*program, *words]),
         input=data,
         capture_output=True,
         env=environment,
@@ -44,10 +59,18 @@ def test_a_program_takes_its_place(place: Place) -> None:
         'echo "$x $1 $QREXEC_REMOTE_DOMAIN $QREXEC_REQUESTED_TARGET ${QREXEC_FOO-unset}"\n'
         "echo oops >&2; exit 4\n",
     )
-    status, out, err = run(place, "test.S+arg", "work", "name", "vault", data=b"in\n")
+    words = ("test.S+arg", "work", "name", "vault")
+    status, out, err = run(place, *words, data=b"in\n", system_log="/")
     assert (status, out, err) == (4, b"in arg work vault unset\n", b"")
     until(logged.exists, "the log")
     assert logged.read_text() == "-t test.S+arg-work\noops\n"
+
+
+def test_without_a_system_log_stderr_stays_where_it_is(place: Place) -> None:
+    (place.path / "bin").mkdir()
+    place.service("logger", "#!/bin/sh\nexec cat >/dev/null\n", "bin")
+    place.service("test.S", "#!/bin/sh\necho oops >&2; exit 4\n")
+    assert run(place, "test.S", "work", system_log="/nowhere") == (4, b"", b"oops\n")
 
 
 def test_a_pipe_that_breaks_kills_the_service(place: Place) -> None:

@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 
+from sluice.agent.log import has_system_log
 from sluice.agent.options import die_of_interrupt
 from sluice.errors import LocalError
 from sluice.service.address import connect_blocking, resolve
@@ -30,6 +31,8 @@ USAGE = "usage: qubes-rpc-multiplexer SERVICE[+ARGUMENT] SOURCE [TYPE TARGET]\n"
 
 def log_stderr(tag: bytes) -> None:
     """Have what is written to fd 2 go to the system log; where there is none leave it as it is."""
+    if not has_system_log():
+        return
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
         os.posix_spawnp(
