@@ -52,7 +52,7 @@ def ask(place: Place, body: bytes) -> Wire:
 @pytest.mark.spec("WIRE-145")
 def test_only_the_ident_is_changed(place: Place) -> None:
     agent = AgentUnderTest(place)
-    body = trigger_body(b"we\xffird+\0 $name", b"tar\x1bget", b"source")
+    body = trigger_body(b"We\xffird+\0 $name", b"tar\x1bGet", b"Source")
     ask(place, body)
     message = agent.control.next()
     assert message is not None and message[0] == TRIGGER4
@@ -219,8 +219,10 @@ class Session:
         self.log = place.path / "run" / "waiters"
         place.service(
             "qubes.WaitForSession",
-            "#!/bin/sh\n"
-            'echo "$#:$(cat):$QREXEC_REMOTE_DOMAIN:${QREXEC_SERVICE_FULL_NAME-none}"'
+            # od shows the end of the line, which the shell would drop.
+            "#!/bin/sh\ninput=$(od -An -c | tr -d ' \\n')\n"
+            "printf '%s\\n'"
+            ' "$#:$input:$QREXEC_REMOTE_DOMAIN:${QREXEC_SERVICE_FULL_NAME-none}"'
             f" >>{self.log}\n"
             f"read x <{self.fifo}\n{ending}\n",
         )
@@ -240,7 +242,7 @@ def test_the_service_starts_after_the_waiter_ended(place: Place) -> None:
     agent = AgentUnderTest(place)
     listener = agent.request(EXEC, 43, 1024, ME + b":QUBESRPC test.S work")
     assert listener is not None
-    until(lambda: session.waiters() == [f"0:{SELF}:work:none"], "the waiter")
+    until(lambda: session.waiters() == [f"0:{SELF}\\n:work:none"], "the waiter")
     listener.settimeout(0.2)
     with pytest.raises(TimeoutError):
         listener.accept()
