@@ -104,13 +104,14 @@ class DaemonHarness:
 
     def spawn(self, *more: str, direct: bool = True, **environment: str) -> subprocess.Popen[bytes]:
         """Start it; ``more`` are the positional arguments (42 src if none)."""
-        self.process = subprocess.Popen(
-            self.arguments(*(more or ("42", "src")), direct=direct),
-            env=self.environment(**environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        with open("/dev/zero", "rb") as zero:  # which is not to be its stdin, nor its children's
+            self.process = subprocess.Popen(
+                self.arguments(*(more or ("42", "src")), direct=direct),
+                env=self.environment(**environment),
+                stdin=zero,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
         return self.process
 
     def start(self, version: int = 4, *more: str, **environment: str) -> Wire:
