@@ -56,13 +56,13 @@ def _chain(
         raise wrong("plugins", "must be a list of names")
     if not isinstance(config, dict):
         raise wrong("config", "must be an object")
-    for given, known, place in (
+    for table, known, prefix in (
         (entry, ("plugins", "config", "description"), ""),
         (config, (*plugins, "src_plugin", "dst_plugin"), "config."),
     ):
-        key, hint = misspelt(given, known)
+        key, hint = misspelt(table, known)
         if hint is not None:
-            raise wrong(place + key, "unknown key", hint)
+            raise wrong(prefix + key, "unknown key", hint)
     directories = plugin_directories(path, settings)
     ends, middle = split_ends(plugins, directories)
     uses: list[FilterUse] = []
