@@ -122,9 +122,16 @@ def test_help(place: Place, option: str) -> None:
 
 
 @pytest.mark.spec("WIRE-205")
-@pytest.mark.parametrize("size", ["abc", "1k", "99999999999", "-1", "", "08", "0x"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *("abc", "1k", "99999999999", "-1", "", "08", "0x", "0x+5", "0o17", "1 ", "1_0", "0x1_0"),
+        *("2147483648", "0x80000000", "١", "9" * 5000),
+    ],
+)
 def test_bad_buffer_sizes(place: Place, size: str) -> None:
-    assert run(place, f"--buffer-size={size}", "vm", "s")[0] == 1
+    status, out, err = run(place, f"--buffer-size={size}", "vm", "s")
+    assert (status, out) == (1, b"") and b"invalid buffer size" in err
 
 
 @pytest.mark.parametrize("size", ["0", "65536", "0x10000", "0200000", "2147483647"])
@@ -379,6 +386,17 @@ def test_a_program_that_cannot_be_executed(place: Place, remote: int, status: in
     caller.allow()
     caller.finish(remote)
     assert caller.end()[0] == status
+
+
+@pytest.mark.spec("WIRE-217")
+def test_that_it_cannot_be_executed_may_find_no_reader(place: Place) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    caller = Caller(place, "vm", "s", "/no/such", stderr=write)
+    os.close(write)
+    caller.allow()
+    caller.finish()
+    assert caller.end()[0] == 255
 
 
 RAW = bytes(range(256))

@@ -94,15 +94,12 @@ class Settings:
 def parse_size(text: str) -> int:
     """Read a number as C does: decimal, 0x hexadecimal, 0 octal; at most 2^31-1. Raises Exit."""
     digits = text.lower()
-    try:
-        if not digits[:1].isdigit() or "_" in digits or not digits.isascii():
-            raise ValueError
-        if digits.startswith("0x"):
-            size = int(digits[2:], 16)
-        else:
-            size = int(digits, 8 if digits.startswith("0") else 10)
-    except ValueError:
-        size = -1
+    base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") else 10
+    digits = digits.removeprefix("0x")
+    # Neither blanks nor signs nor the other prefixes and underscores that Python knows.
+    size = -1
+    if 0 < len(digits) < 1000 and not digits.strip("0123456789abcdef"[:base]):
+        size = int(digits, base)
     if not 0 <= size < 1 << 31:
         raise Exit(EXIT_LOCAL_FAILURE, f"invalid buffer size: {text}")
     return size

@@ -9,6 +9,7 @@ import _signal  # type: ignore[import-not-found]  # it has no stub
 import _socket
 import os
 
+from sluice.agent.log import write_line
 from sluice.agent.processes import ProcessTable
 from sluice.service.command import ServiceError
 from sluice.service.start import spawn
@@ -58,7 +59,7 @@ class LocalProgram:
             )
             processes.watch(pid, self._exited)
         except ServiceError as error:
-            os.write(2, f"qrexec-client-vm: {error}\n".encode("ascii", "backslashreplace"))
+            write_line(f"qrexec-client-vm: {error}")
             self._status = EXIT_LOST
         finally:
             theirs_in.close()
