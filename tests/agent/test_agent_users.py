@@ -219,6 +219,15 @@ def test_endings_in_a_pam_session(pam_place: Path, words: list[str], status: int
 
 
 @as_root
+def test_a_session_that_cannot_be_closed_takes_nothing_from_the_status(pam_place: Path) -> None:
+    (pam_place / "mark").write_text('#!/bin/sh\ntest "$PAM_TYPE" != close_session\n')
+    rules = (pam_place / "qrexec").read_text()
+    (pam_place / "qrexec").write_text(rules.replace("optional pam_exec", "required pam_exec"))
+    assert pam(pam_place, "root", "program", "/bin/sh", "-c", "exit 9").returncode == 9
+    assert pam(pam_place, "root", "program", "/bin/true").returncode == 0
+
+
+@as_root
 def test_the_helper_keeps_no_stream_open(pam_place: Path) -> None:
     python = ["/usr/bin/python3", "-IS", "-c", RUN, str(ROOT / "src"), str(pam_place)]
     script = "echo x; exec >&- 2>&-; read y; exit 3"

@@ -85,6 +85,13 @@ class Pam:
             reason = self._library.pam_strerror(self._handle, self._last)
             raise PamError(f"pam_{name}: {escape(reason or b'?')}")
 
+    def attempt(self, name: str, flags: int = PAM_SILENT) -> None:
+        """Do a step of the end: its failure changes nothing of what the service did."""
+        try:  # noqa: SIM105
+            self.step(name, flags)
+        except PamError:
+            pass  # PAM has written to the system log, and our stderr is closed by now
+
     def environment(self) -> dict[bytes, bytes]:
         """Return the variables that the modules set."""
         result: dict[bytes, bytes] = {}
@@ -121,9 +128,9 @@ def run(user: bytes, kind: bytes, words: list[bytes], *, directory: bytes | None
             try:
                 return _run_inside(pam, account, user, kind, words)
             finally:
-                pam.step("close_session")
+                pam.attempt("close_session")
         finally:
-            pam.step("setcred", PAM_DELETE_CRED | PAM_SILENT)
+            pam.attempt("setcred", PAM_DELETE_CRED | PAM_SILENT)
     finally:
         pam.end()
 
