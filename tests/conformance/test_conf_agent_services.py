@@ -27,6 +27,9 @@ from tests.support.agent import (
     until,
 )
 
+from sluice.service.address import tcp_address
+from sluice.service.command import ServiceError
+
 ME = SELF.encode()
 PORTS = iter(range(2000, 60000))
 
@@ -382,35 +385,68 @@ def test_a_tcp_service_gets_the_descriptor_and_an_empty_argument_is_none(
 
 
 @pytest.mark.spec("WIRE-176")
+def test_an_underscore_is_refused_before_anybody_looks_at_the_host() -> None:
+    """It could be part of an interface's name: fe80::1%eth_0."""
+    with pytest.raises(ServiceError, match="underscore"):
+        tcp_address(b"/dev/tcp", b"fe80++1%eth_0+80")
+    assert tcp_address(b"/dev/tcp", b"fe80++1%eth0+80") == (b"fe80::1%eth0", 80)
+
+
+@pytest.fixture(scope="module")
+def open_port() -> Iterator[int]:
+    """A port of four digits at which somebody listens: a zero can stand before it."""
+    for port in range(9999, 1024, -1):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+                listener.listen(64)
+            except OSError:
+                continue
+            yield port
+            return
+
+
+@pytest.mark.spec("WIRE-176")
 @pytest.mark.parametrize(
     ("target", "argument"),
     [
-        ("/dev/tcp/", "+127.0.0.1+80"),
+        ("/dev/tcp/", "+127.0.0.1+PORT"),
         ("/dev/tcp/127.0.0.1/0", ""),
         ("/dev/tcp/127.0.0.1/65536", ""),
-        ("/dev/tcp/127.0.0.1/080", ""),
-        ("/dev/tcp/127.0.0.1/80x", ""),
+        ("/dev/tcp/127.0.0.1/OVER", ""),
+        ("/dev/tcp/127.0.0.1/0PORT", ""),
+        ("/dev/tcp/127.0.0.1/PORTx", ""),
+        ("/dev/tcp/127.0.0.1/+PORT", ""),
         ("/dev/tcp/127.0.0.1/", ""),
-        ("/dev/tcp/127.0.0.1/80/", ""),
-        ("/dev/tcp/localhost/80", ""),
-        ("/dev/tcp//80", ""),
-        ("/dev/tcp/127.0.0.1/80", "+80"),
+        ("/dev/tcp/127.0.0.1/PORT/", ""),
+        ("/dev/tcp/localhost/PORT", ""),
+        ("/dev/tcp//PORT", ""),
+        ("/dev/tcp/127.0.0.1/PORT", "+PORT"),
         ("/dev/tcp/127.0.0.1", ""),
         ("/dev/tcp/127.0.0.1", "+"),
         ("/dev/tcp/127.0.0.1", "+0"),
-        ("/dev/tcp/127.0.0.1", "+080"),
+        ("/dev/tcp/127.0.0.1", "+0PORT"),
+        ("/dev/tcp/127.0.0.1", "+OVER"),
         ("/dev/tcp/127.0.0.1", "+123456"),
-        ("/dev/tcp/localhost", "+80"),
+        ("/dev/tcp/localhost", "+PORT"),
         ("/dev/tcp", ""),
         ("/dev/tcp", "+"),
-        ("/dev/tcp", "+80"),
+        ("/dev/tcp", "+PORT"),
         ("/dev/tcp", "+127.0.0.1"),
-        ("/dev/tcp", "+localhost+80"),
-        ("/dev/tcp", "+127.0.0_1+80"),
-        ("/dev/tcp", "++80"),
+        ("/dev/tcp", "+localhost+PORT"),
+        ("/dev/tcp", "+127.0.0_1+PORT"),
+        ("/dev/tcp", "++PORT"),
     ],
 )
-def test_bad_tcp_addresses(place: Place, agent: AgentUnderTest, target: str, argument: str) -> None:
+def test_bad_tcp_addresses(
+    place: Place, agent: AgentUnderTest, open_port: int, target: str, argument: str
+) -> None:
+    """Somebody listens where such an address would lead if it were taken for a good one."""
+
+    def filled(text: str) -> str:
+        return text.replace("PORT", str(open_port)).replace("OVER", str(65536 + open_port))
+
+    target, argument = filled(target), filled(argument)
     link(place, target)
     assert failed(call(agent, f"test.T{argument} work".encode())) == 125
 
