@@ -572,6 +572,7 @@ def test_what_calls_warn_of_goes_to_the_rotated_log() -> None:
 # --- policy files -------------------------------------------------------------------------------
 
 
+@pytest.mark.spec("POL-251")
 def test_policy_files_decide() -> None:
     def judge(directory: Path) -> PolicyStore:
         policy = directory / "policy"
@@ -584,6 +585,7 @@ def test_policy_files_decide() -> None:
         )
         (policy / "15-more.policy").write_text(
             "#!sluice 1\ntest.Via * a b allow via=c+chain\ntest.Limit * a b allow limit=2/1h\n"
+            "test.Why +y a b allow reason=ticket \x1b[31m5\ntest.Why +n a b deny reason=never, no\n"
         )
         return PolicyStore([policy], legacy_directory=directory / "none", quiet=0.0)
 
@@ -610,12 +612,27 @@ def test_policy_files_decide() -> None:
         answers = [await ask(b"test.Limit") for _ in range(3)]
         assert answers == [SERVICE_CONNECT, SERVICE_CONNECT, SERVICE_REFUSED]
         assert world.records()[-1]["cause"].startswith("limit")
+        # The operator's reason is in the record, of what was allowed and of what was not.
+        assert await ask(b"test.Why+n") == SERVICE_REFUSED
+        assert world.records()[-1]["reason"] == "never, no"
+        assert "reason" not in world.records()[-2]
+        assert await ask(b"test.Why+y") == SERVICE_CONNECT
+        assert b"ticket" not in (await b.receive())[1]
         # A broken file denies everything, and says where.
         (world.directory / "policy/20-bad.policy").write_text("nonsense\n")
         assert await ask(b"test.Svc+x") == SERVICE_REFUSED
         assert world.records()[-1]["rule"].endswith("20-bad.policy:1")
         (world.directory / "policy/20-bad.policy").unlink()
         assert await ask(b"test.Svc+x") == SERVICE_CONNECT
+        for name in ("a", "b"):
+            await world.system.stop_domain(name)
+        await until(
+            lambda: (
+                [r["reason"] for r in world.records() if r["argument"] == "y" and "reason" in r]
+                == ["ticket \\x1b[31m5"]
+            ),
+            "the record of an allowed call",
+        )
 
     play(scene, judge=judge)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from sluice.cli.log import Tail, command, render
@@ -73,6 +74,12 @@ def test_what_is_shown_can_be_narrowed(tmp_path: Path) -> None:
 def test_nothing_reaches_the_terminal_raw(tmp_path: Path) -> None:
     assert "\x1b" not in "".join(shown(system(tmp_path)))
     assert "\x1b" not in render('{"time": "\x1b[31m"')
+
+
+@pytest.mark.spec("POL-251")
+def test_the_reason_of_a_rule_is_shown(tmp_path: Path) -> None:
+    stored = json.loads(record(1, "work")) | {"reason": "ticket 5"}
+    assert "(ticket 5)" in render(json.dumps(stored))
 
 
 def test_a_tail_follows_growth_pieces_and_rotation(tmp_path: Path) -> None:

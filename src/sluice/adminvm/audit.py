@@ -9,8 +9,8 @@ Fields of a call: ``time`` (UTC), ``id``, ``source``, ``target`` (the domain tha
 was asked for where none was found), ``requested_target``, ``service``, ``argument`` (null where
 there is no ``+``), ``rule`` (``FILE:LINE``), ``decision`` (allow, deny), ``cause`` (why it was
 refused, or how it ended), ``stages`` (milliseconds since the request), ``exit_code`` (only where
-the AdminVM saw it), ``command`` (dom0's shell commands). ``count`` stands in a line that folds many
-refusals.
+the AdminVM saw it), ``command`` (dom0's shell commands), ``reason`` (where the rule gives one).
+``count`` stands in a line that folds many refusals.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class CallRecord:
     rule: str | None = None
     decision: str = "deny"
     cause: str = ""
+    reason: str | None = None
     exit_code: int | None = None
     command: str | None = None
     count: int | None = None
@@ -82,6 +83,8 @@ class CallRecord:
         }
         if self.command is not None:
             line["command"] = escape(self.command, MAX_ARGUMENT)
+        if self.reason is not None:
+            line["reason"] = escape(self.reason, MAX_FIELD)
         if self.count is not None:
             line["count"] = self.count
         return line

@@ -132,6 +132,7 @@ class Dispatcher:
         verdict = await self._judge.decide(source.name, request.trigger, self._domains.running())
         record.stage("decided")
         record.rule = verdict.rule
+        record.reason = verdict.reason
         record.target = verdict.decision.target
         if not verdict.decision.allowed:
             raise Refused(verdict.cause)

@@ -26,11 +26,15 @@ _DENIED = Decision(False)
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """A decision, the rule that made it (``FILE:LINE``) and, for a refusal, its cause."""
+    """A decision, the rule that made it (``FILE:LINE``) and, for a refusal, its cause.
+
+    ``reason`` is what the rule says of itself, raw, for the operator's log alone (policy.md 31).
+    """
 
     decision: Decision
     rule: str | None = None
     cause: str = ""
+    reason: str | None = None
 
 
 class Judge(Protocol):
@@ -74,18 +78,19 @@ class PolicyJudge:
 
     def _rule(self, resolution: Resolution, info: SystemInfo) -> Ruling:
         rule = None if resolution.rule is None else resolution.rule.place
+        reason = resolution.reason
         for warning in resolution.warnings:
             self._log(warning)
         if isinstance(resolution, Ask):
-            return Ruling(_DENIED, rule, "ask: there is nobody to ask")
+            return Ruling(_DENIED, rule, "ask: there is nobody to ask", reason)
         if isinstance(resolution, Allow):
             if resolution.via:
-                return Ruling(_DENIED, rule, "via: proxied calls are not served here")
+                return Ruling(_DENIED, rule, "via: proxied calls are not served here", reason)
             direction = direct(resolution, info)
             if not isinstance(direction, Deny):
                 counted, _ = self._limits.apply(resolution)
                 if isinstance(counted, Deny):
-                    return Ruling(_DENIED, rule, f"{counted.cause}: {counted.message}")
+                    return Ruling(_DENIED, rule, f"{counted.cause}: {counted.message}", reason)
                 decision = Decision(
                     True,
                     user=direction.user,
@@ -96,10 +101,10 @@ class PolicyJudge:
                     service=direction.service,
                     policy_source=direction.policy_source,
                 )
-                return Ruling(decision, rule)
+                return Ruling(decision, rule, reason=reason)
             resolution = direction
         assert isinstance(resolution, Deny)
-        return Ruling(_DENIED, rule, f"{resolution.cause}: {resolution.message}")
+        return Ruling(_DENIED, rule, f"{resolution.cause}: {resolution.message}", reason)
 
 
 def _place(error: SluiceError) -> str | None:

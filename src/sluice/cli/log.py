@@ -180,6 +180,7 @@ def _render(record: dict[str, Any]) -> str:
         record["decision"],
         f"by {record['rule']}" if record.get("rule") else "",
         record.get("cause") or "",
+        f"({record['reason']})" if record.get("reason") else "",
         f"exit {record['exit_code']}" if record.get("exit_code") is not None else "",
         f"{milliseconds:.0f} ms" if stages else "",
         f"x{record['count']}" if record.get("count") else "",
