@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from tests.support.adminvm import (
     HELLO,
     SERVICE_CONNECT,
     TERMINATED,
+    Closed,
     client_environment,
     exec_body,
     hello,
@@ -240,6 +242,29 @@ def test_what_was_accepted_before_sigterm_still_reaches_the_agent(daemon: Daemon
     assert daemon.ended() == 0
     assert agent.expect(EXEC_CMDLINE)[8:] == b"user:last words\0"
     assert agent.at_end()
+
+
+@pytest.mark.alone
+@pytest.mark.spec("WIRE-030")
+def test_what_the_agent_has_not_read_at_sigterm_reaches_it(daemon: DaemonHarness) -> None:
+    """More than the kernel holds for it: the daemon waits a moment for an agent that reads."""
+    agent = daemon.start()
+    text = b"u:" + b"x" * 65000 + b"\0"
+    clients = [daemon.local() for _ in range(12)]
+    for client in clients:
+        client.send(message(EXEC_CMDLINE, exec_body(0, 0, text)))
+    assert any(client.silent(0.3) for client in clients)
+    assert daemon.process is not None
+    daemon.process.terminate()
+    received = 0
+    with contextlib.suppress(Closed):
+        while True:
+            assert agent.expect(EXEC_CMDLINE)[8:] == text
+            received += 1
+    assert daemon.ended() == 0
+    # Exactly those that were answered: not one was taken and then lost.
+    answered = [client for client in clients if not client.at_end()]
+    assert received == len(answered) > 3
 
 
 @pytest.mark.spec("WIRE-031")
