@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.support.agent import (
     DEADLINE,
     ROOT,
     STDERR,
+    STDIN,
     STDOUT,
     AgentUnderTest,
     Place,
@@ -202,6 +204,62 @@ def test_what_runs_in_a_pam_session(pam_place: Path) -> None:
         f"SHELL={entry.pw_shell}",
         "USER=nobody",
     ]
+
+
+@pytest.fixture
+def pam_agent(place: Place) -> AgentUnderTest:
+    """An agent on a machine that has a PAM service for it: in mounts of its own."""
+    directory = place.path / "pam.d"
+    shutil.copytree("/etc/pam.d", directory)
+    (place.path / "env.conf").write_text("FROM_PAM DEFAULT=yes\n")
+    log = place.path / "sessions"
+    (place.path / "mark").write_text(f'#!/bin/sh\necho "$PAM_TYPE $PAM_USER" >>{log}\n')
+    (place.path / "mark").chmod(0o755)
+    (directory / "qrexec").write_text(PERMIT.format(place=place.path))
+    mount = f'mount --bind {directory} /etc/pam.d && exec "$@"'
+    prefix = ["unshare", "-m", "--propagation", "private", "sh", "-c", mount, "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mounts of our own here")
+    return AgentUnderTest(place, "-S", prefix=prefix)
+
+
+@as_root
+def test_an_agent_opens_a_pam_session_for_each_call(pam_agent: AgentUnderTest) -> None:
+    place, agent = pam_agent.place, pam_agent
+    place.service(
+        "test.Who",
+        '#!/bin/sh\necho "$(id -un) $(id -Gn) $FROM_PAM $USER"\n'
+        'echo "$QREXEC_REMOTE_DOMAIN ${QREXEC_SERVICE_ARGUMENT-unset} $QREXEC_AGENT_PID"\n'
+        'read -r line; echo "$line" >&2; exit 7\n',
+    )
+    wire = agent.call(b"nobody:QUBESRPC test.Who+a work")
+    wire.message(STDIN, b"input\n")
+    messages = wire.rest()
+    agent.terminated(43, 1024)
+    lines = streams(messages, STDOUT).decode().splitlines()
+    assert lines == ["nobody nogroup yes nobody", f"work a {agent.process.pid}"]
+    assert streams(messages, STDERR) == b"input\n" and code(messages) == 7
+    sessions = (place.path / "sessions").read_text().splitlines()
+    assert sessions == ["open_session nobody", "close_session nobody"]
+
+
+@as_root
+def test_endings_of_calls_in_pam_sessions(pam_agent: AgentUnderTest) -> None:
+    agent = pam_agent
+    for port, (text, status) in enumerate(
+        [
+            (b"root:kill -9 $$", 137),
+            (b"root:echo $0; exit 3", 3),
+            (b"no-such-user:id", 125),
+            (b"root:QUBESRPC test.None work", 127),
+        ],
+        1024,
+    ):
+        messages = agent.run(text, port=port)
+        assert code(messages) == status, text
+    wire = agent.call(b"root:kill -USR1 $QREXEC_AGENT_PID; echo moved >&0; exec >&-", port=1100)
+    messages = wire.rest()
+    assert streams(messages, STDOUT) == b"moved\n" and code(messages) == 0
 
 
 @as_root
