@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -104,8 +105,9 @@ class SocketServer:
         self._handlers: dict[str, Handler] = {}
         self._listeners: list[socket.socket] = []
         self._own_path: str | None = None
-        self._slots = asyncio.Semaphore(max_calls)
-        self._accepting: list[asyncio.Task[None]] = []
+        self._max_calls = max_calls
+        self._hears = False
+        self._pause: asyncio.TimerHandle | None = None
         self._calls: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._last = 0.0
@@ -131,33 +133,44 @@ class SocketServer:
             self._listeners = [listen_at(self._path, self._mode)]
             self._own_path = self._path
         self._last = asyncio.get_running_loop().time()
-        for listener in self._listeners:
-            self._accepting.append(asyncio.ensure_future(self._accept(listener)))
+        self._listen()
         notify("READY=1")
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            # The slot first: what cannot be served is not accepted, and waits in the queue.
-            await self._slots.acquire()
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as error:
-                self._slots.release()
-                log.warning("cannot accept: %s", error.strerror)
-                await asyncio.sleep(0.1)
-                continue
-            except BaseException:
-                self._slots.release()
-                raise
-            task = asyncio.ensure_future(self._serve(connection))
-            self._calls.add(task)
-            task.add_done_callback(self._served)
+    def _listen(self) -> None:
+        """Hear of connections, but where as many calls are served as may be: more wait then."""
+        if not self._hears and len(self._calls) < self._max_calls:
+            for listener in self._listeners:
+                asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+            self._hears = bool(self._listeners)
+
+    def _deafen(self) -> None:
+        if self._hears:
+            self._hears = False
+            for listener in self._listeners:
+                asyncio.get_running_loop().remove_reader(listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.warning("cannot accept: %s", error.strerror)
+            self._deafen()
+            self._pause = asyncio.get_running_loop().call_later(0.1, self._listen)
+            return
+        connection.setblocking(False)
+        # A call from now on: an idle server that ends does not take it along.
+        task = asyncio.ensure_future(self._serve(connection))
+        self._calls.add(task)
+        task.add_done_callback(self._served)
+        if len(self._calls) >= self._max_calls:
+            self._deafen()
 
     def _served(self, task: asyncio.Task[None]) -> None:
         self._calls.discard(task)
-        self._slots.release()
         self._last = asyncio.get_running_loop().time()
+        self._listen()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a call failed", exc_info=error)
 
@@ -200,12 +213,22 @@ class SocketServer:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._idle_left()):
                         await self._stopping.wait()
-                if self._idle_timeout is not None and not self._calls and not self._idle_left():
+                if self._is_over():
                     break
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             await self.stop()
+
+    def _is_over(self) -> bool:
+        """Tell whether the server has been idle for long enough, and nobody waits to be served."""
+        if self._idle_timeout is None or self._calls or self._idle_left():
+            return False
+        # A connection of which the loop has not heard yet is in the queue.
+        poll = select.poll()
+        for listener in self._listeners:
+            poll.register(listener, select.POLLIN)
+        return not poll.poll(0)
 
     def _idle_left(self) -> float | None:
         """Return the seconds until the server has been idle for long enough; None: for ever."""
@@ -218,10 +241,9 @@ class SocketServer:
 
     async def stop(self) -> None:
         """Stop listening, give running calls two seconds, end the others."""
-        for task in self._accepting:
-            task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
-        self._accepting.clear()
+        self._deafen()
+        if self._pause is not None:
+            self._pause.cancel()
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()

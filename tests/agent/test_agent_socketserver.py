@@ -192,6 +192,30 @@ def test_run_ends_when_idle(path: str) -> None:
     asyncio.run(main())
 
 
+def test_who_connects_when_the_server_has_been_idle_for_long_enough_is_served(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the very last moment: between the look at the clock and the end."""
+    server = make(path, idle_timeout=0.01)
+    connections: list[socket.socket] = []
+    left = server._idle_left
+
+    def looked() -> float | None:
+        found = left()
+        if not found and not connections:
+            connections.append(socket.socket(socket.AF_UNIX))
+            connections[0].connect(path)
+            connections[0].sendall(b"test.Upper work\0x")
+            connections[0].shutdown(socket.SHUT_WR)
+        return found
+
+    monkeypatch.setattr(server, "_idle_left", looked)
+    asyncio.run(server.run())
+    with connections[0] as connection:
+        connection.settimeout(20)
+        assert connection.recv(10) == b"X"
+
+
 def test_a_stale_socket_is_replaced_a_live_one_is_not(path: str) -> None:
     listen_at(path, 0o600).close()
     listener = listen_at(path, 0o640)
