@@ -152,11 +152,26 @@ def test_a_lost_call(place: Place) -> None:
 
 
 def test_a_timeout_ends_the_call(place: Place) -> None:
-    service = Service(place, lambda wire: wire.rest() and None)
-    with pytest.raises(TimeoutError):
-        asyncio.run(
-            sluice.call("vault", "test.Slow", timeout=0.2, agent_socket=str(place.agent_socket))
-        )
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        began, real = loop.time(), loop.time
+
+        def play(wire: Wire) -> None:
+            # The call has begun: the clock jumps to where its time is over.
+            loop.time = lambda: real() + 10_000  # type: ignore[method-assign]
+            loop.call_soon_threadsafe(lambda: None)
+            wire.rest()
+
+        services.append(Service(place, play))
+        with pytest.raises(TimeoutError):
+            await sluice.call(
+                "vault", "test.Slow", timeout=5_000, agent_socket=str(place.agent_socket)
+            )
+        assert loop.time() - began > 5_000
+
+    services: list[Service] = []
+    asyncio.run(main())
+    (service,) = services
     service.check()
     assert service.gone.is_set()
 

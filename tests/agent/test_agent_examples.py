@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.agent import DEADLINE, ROOT, Place, System, a_place, as_user, until
+from tests.support.listening import listens
 
 EXAMPLES = ROOT / "examples" / "services"
 
@@ -105,7 +106,7 @@ class AskServer:
 @pytest.mark.parametrize("activated", [False, True])
 def test_the_socket_service(system: System, activated: bool) -> None:
     server = AskServer(system.place, activated=activated)
-    until(server.path.exists, "the server's socket")
+    until(lambda: activated or listens(server.path), "the server's socket")
     assert system.client("example.Ask", b"coffee\n") == (0, b"allow\n", b"")
     assert system.client("example.Ask", b"cigars\n") == (0, b"deny\n", b"")
     assert system.client("example.Count") == (0, b"2 for dom0\n", b"")

@@ -146,10 +146,14 @@ def test_a_socket_service_that_ends_first(place: Place) -> None:
 @pytest.mark.skipif(os.path.isdir("/run/systemd/system"), reason="there is a service manager")
 def test_without_a_service_manager_there_is_no_session_to_wait_for() -> None:
     for data in (b"user\n", b"no newline", b""):
-        done = subprocess.run([BIN / "qubes.WaitForSession"], input=data, check=False, timeout=10)
+        done = subprocess.run(
+            [BIN / "qubes.WaitForSession"], input=data, check=False, timeout=DEADLINE
+        )
         assert done.returncode == 0
 
 
 def test_waiting_for_a_session_takes_no_argument() -> None:
-    done = subprocess.run([BIN / "qubes.WaitForSession", "x"], input=b"", check=False, timeout=10)
+    done = subprocess.run(
+        [BIN / "qubes.WaitForSession", "x"], input=b"", check=False, timeout=DEADLINE
+    )
     assert done.returncode == 1

@@ -41,7 +41,7 @@ def test_messages_become_escaped_lines(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(b"<30>first \x1b[31m\nsecond", path)
         sender.sendto(b"<30>third", path)
-    guard = loop.call_later(10, loop.stop)
+    guard = loop.call_later(30, loop.stop)
     loop.run()
     guard.cancel()
     log.close()
