@@ -75,6 +75,13 @@ def test_explain(place: Path, target: str, service: str, status: int, words: lis
     assert {0: "allow", 1: "deny", 3: "ask"}[status] == found["decision"]
 
 
+def test_explain_says_who_is_told(place: Path) -> None:
+    """A refusal is told to the source's GuiVM; one that has none is told to nobody (16.3)."""
+    for source, told in (("work", "told"), ("rem1", "not told")):
+        result = run(place, "explain", source, "sys-usb", "t.S")
+        assert f"the user is {told}\n" in result.output
+
+
 def test_explain_escapes(place: Path) -> None:
     """What somebody typed does not reach the terminal raw."""
     result = run(place, "explain", "wo\x1b[31mrk", "a\x1b]0;x", "t.S\x1b")

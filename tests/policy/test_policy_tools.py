@@ -108,6 +108,23 @@ def test_explain() -> None:
     assert refused.resolution.cause == "BAD-TARGET"
 
 
+def notes(rules: str, source: str, target: str, requested: str | None = None) -> str:
+    """Return what an explanation adds to the decision."""
+    request = Request.of("t.S", source, expand(target), requested)
+    return "\n".join(explain(parse_text(rules), request, FIXTURE).notes)
+
+
+def test_notes() -> None:
+    """What a person would not think of: misspelt names, nobody to ask, whose rules count."""
+    assert "did you mean vault?" in notes("t.S * work vault ask", "work", "valut")
+    assert "did you mean work?" in notes("t.S * work vault ask", "wrok", "vault")
+    assert notes("t.S * work vault ask", "work", "vault") == ""
+    # policy.md 16.2: without a GuiVM a question is a refusal
+    assert "rem1 has no GuiVM" in notes("t.S * rem1 work ask", "relay", "work", "rem1")
+    assert "decided as a call of rem1" in notes("t.S * rem1 work allow", "relay", "work", "rem1")
+    assert "@dispvm:NAME" in notes("t.S * work vault ask", "work", "@tag:x")
+
+
 def codes(rules: str, info: SystemInfo | None = FIXTURE, **more: object) -> set[tuple[int, str]]:
     """Return line and code of each finding."""
     policy = parse_text(expand(rules))

@@ -17,6 +17,7 @@ from sluice.policy.files import DiskFiles
 from sluice.policy.loader import DIRECTORIES, LEGACY_DIRECTORY, Loader
 from sluice.policy.problems import PolicyProblem
 from sluice.policy.system_info import GET_SYSTEM_INFO, SystemInfo
+from sluice.wire.names import escape
 
 if TYPE_CHECKING:
     from sluice.domains.paths import Paths
@@ -200,10 +201,8 @@ def tell_policy_errors(command: Command) -> Command:
 
 def check_domain(info: SystemInfo, name: str) -> None:
     """Raise LocalError, with names that are alike, for a domain that does not exist."""
-    import difflib
+    from sluice.policy.hints import did_you_mean
 
     if name in info or name == "@adminvm" or (name[:8] == "@dispvm:" and name[8:] in info):
         return
-    alike = difflib.get_close_matches(name, list(info.domains), 3)
-    hint = f" (did you mean {', '.join(alike)}?)" if alike else ""
-    raise LocalError(f"there is no domain {name}{hint}")
+    raise LocalError(f"there is no domain {escape(name)}{did_you_mean(name, info)}")

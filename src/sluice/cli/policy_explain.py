@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sluice.cli.policy_common import Place, place_options, tell_policy_errors
+from sluice.policy.confirmation import guivm_for
 from sluice.policy.decisions import settle
 from sluice.policy.explain import Explanation, explain
 from sluice.policy.resolution import Allow, Ask, Deny
@@ -62,7 +63,8 @@ def _print(found: Explanation, info: SystemInfo, most: int | None) -> None:
     click.echo(f"  {settle(resolution, info)[0]}")
     if isinstance(resolution, Deny):
         click.echo(f"  {resolution.cause}: {resolution.message}")
-        click.echo(f"  the user is {'told' if resolution.notify else 'not told'}")
+        told = resolution.notify and guivm_for(resolution, info) is not None
+        click.echo(f"  the user is {'told' if told else 'not told'}")
     if found.direction is not None and found.direction.service is not None:
         direction = found.direction
         click.echo(f"  carried by {direction.target} as {escape(direction.service or '')}")
@@ -85,6 +87,8 @@ def _print(found: Explanation, info: SystemInfo, most: int | None) -> None:
         click.echo("\nWould match as well, but come later:")
         for rule in found.overruled[:most]:
             click.echo(f"  {rule.place}\n    {_text(rule)}")
+        if most is not None and len(found.overruled) > most:
+            click.echo(f"  ... and {len(found.overruled) - most} more (--all)")
 
 
 def _text(rule: Rule) -> str:

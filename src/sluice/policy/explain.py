@@ -6,11 +6,14 @@ same facets that the engine matches with, so they cannot tell another story than
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from sluice.policy.confirmation import guivm_for
 from sluice.policy.evaluation import Policy
+from sluice.policy.hints import did_you_mean
 from sluice.policy.request import Call, normalise
-from sluice.policy.resolution import Allow, Ask, Deny
+from sluice.policy.resolution import Allow, Ask, Cause, Deny
 from sluice.policy.response import Direction, direct
 from sluice.policy.rules import Request, Rule
 from sluice.policy.system_info import Domain, SystemInfo, is_dom0
@@ -59,11 +62,11 @@ def explain(policy: Policy, request: Request, info: SystemInfo) -> Explanation:
             resolution = directed
         else:
             direction = directed
-    notes = list(resolution.warnings)
     call = normalise(request, info)
     if isinstance(call, Deny):
-        return Explanation(request, resolution, None, (), (), tuple(notes))
+        return Explanation(request, resolution, None, (), (), tuple(_notes(resolution, info)))
     near, overruled = _neighbours(policy, call, resolution.rule, info)
+    notes = [*_notes(resolution, info), *(direction.warnings if direction else ())]
     if not any(rule.service in (WILDCARD, request.service) for rule in policy.rules):
         notes.append(f"no rule speaks of the service {escape(request.service)}")
         notes += [
@@ -71,11 +74,28 @@ def explain(policy: Policy, request: Request, info: SystemInfo) -> Explanation:
             for rule in policy.rules
             if rule.service.lower() == request.service.lower()
         ][:3]
-    if info.get(request.source) is None and not is_dom0(request.source):
-        notes.append(f"the source {escape(request.source)} is not in the registry")
-    if is_dom0(request.source):
-        notes.append("calls made by dom0 itself are not subject to policy")
     return Explanation(request, resolution, direction, near, overruled, tuple(notes))
+
+
+def _notes(resolution: Allow | Ask | Deny, info: SystemInfo) -> Iterator[str]:
+    """Yield what one should know of the source, the target and the answer."""
+    request, source = resolution.request, resolution.source
+    yield from resolution.warnings
+    if resolution.warnings and resolution.requested_target == DEFAULT:
+        alike = did_you_mean(request.target, info)
+        if alike:
+            yield f"the target {escape(request.target)} may be misspelt{alike}"
+    if resolution.cause is Cause.BAD_TARGET:
+        yield "a call names NAME, uuid:UUID, @adminvm, @dispvm, @dispvm:NAME, @default or nothing"
+    for name in dict.fromkeys((request.source, source)):
+        if is_dom0(name):
+            yield "calls made by dom0 itself are not subject to policy"
+        elif name not in info:
+            yield f"the source {escape(name)} is not in the registry{did_you_mean(name, info)}"
+    if source != request.source:
+        yield f"decided as a call of {escape(source)}, for which {escape(request.source)} calls"
+    if isinstance(resolution, Ask) and guivm_for(resolution, info) is None:
+        yield f"{escape(source)} has no GuiVM: there is nobody to ask, so the call is refused"
 
 
 def _neighbours(

@@ -1,7 +1,7 @@
-"""What to write instead: a line of advice for the errors of a policy.
+"""What to write instead: a line of advice for the errors of a policy, and for misspelt names.
 
-Their texts are fixed, for programs match on them (section 4.3), and they say what is wrong, not how
-it should be. These lines do, for whoever writes a first rule.
+The texts of errors are fixed, for programs match on them (section 4.3), and they say what is wrong,
+not how it should be. These lines do, for whoever writes a first rule.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from sluice.errors import PolicyError
 from sluice.policy.rules import OPT_IN
+from sluice.policy.system_info import SystemInfo
 
 _CHARACTERS = "letters, digits, - . _"
 _USAGE = {
@@ -33,6 +34,14 @@ def hint(error: PolicyError) -> str:
         if match:
             return advice if isinstance(advice, str) else advice(match, getattr(error, "text", ""))
     return ""
+
+
+def did_you_mean(name: str, info: SystemInfo) -> str:
+    """Return `` (did you mean NAME?)`` for a domain that does not exist; empty if none is alike."""
+    import difflib  # only for those who misspelt
+
+    alike = difflib.get_close_matches(name, list(info.domains), 3)
+    return f" (did you mean {', '.join(alike)}?)" if alike else ""
 
 
 def _service(match: re.Match[str], line: str) -> str:
