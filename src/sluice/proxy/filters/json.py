@@ -28,8 +28,8 @@ class Json:
     Each line is a message, or with ``framing = "whole"`` the whole stream is one. A message must be
     valid JSON in UTF-8, nested no deeper than ``max_depth``, with numbers of at most 64 characters,
     and fit the schema of its direction, if there is one. Bytes are handed on as they came. Empty
-    lines pass. A schema cannot refer to anything outside of its file. Where a key stands twice in an
-    object the last one is judged, which is the one that most readers take.
+    lines pass. A schema cannot refer to anything outside of its file. Where a key stands twice in
+    an object the last one is judged, which is the one that most readers take.
     """
 
     name = "json"
