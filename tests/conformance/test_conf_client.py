@@ -264,6 +264,33 @@ def test_without_hangup_it_goes_on(world: World) -> None:
     assert call.process.wait(DEADLINE) == 7
 
 
+@pytest.mark.spec("WIRE-222")
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (("user:cmd", "more", "-d", "work", "-e"), JUST_EXEC, b"user:cmd\0"),
+        (("-edwork", "user:cmd"), JUST_EXEC, b"user:cmd\0"),
+        (("-d", "work", "--", "-e", "-d"), EXEC_CMDLINE, b"-e\0"),
+        (("-d", "work", "--no-ex", "DEFAULT:a b  c"), EXEC_CMDLINE, b"DEFAULT:a b  c\0"),
+    ],
+)
+def test_where_options_may_stand(
+    world: World, arguments: tuple[str, ...], kind: int, text: bytes
+) -> None:
+    daemon = world.daemon("work")
+    world.client(*arguments)
+    assert serve_local(world.accept(daemon)) == (kind, 0, 0, text)
+
+
+@pytest.mark.spec("WIRE-225")
+def test_the_time_for_the_domain_to_connect_is_ten_seconds() -> None:
+    from sluice.adminvm.client_options import parse_arguments
+
+    assert parse_arguments(["-d", "work", "user:cmd"]).timeout == 10
+    assert parse_arguments(["-d", "work", "-w", "0x1F", "user:cmd"]).timeout == 31
+    assert parse_arguments(["-d", "work", "-w", "017", "user:cmd"]).timeout == 15
+
+
 # --- mode A -------------------------------------------------------------------------------------
 
 
@@ -347,6 +374,21 @@ def test_a_domain_that_does_not_connect(world: World) -> None:
     assert 0.9 < time.monotonic() - began < 4
 
 
+@pytest.mark.spec("WIRE-225")
+def test_no_limit_to_the_time_for_the_domain_to_connect(world: World) -> None:
+    daemon = world.daemon("work")
+    processes = {}
+    for seconds, port in (("0", 513), ("1", 514)):
+        processes[seconds] = world.client("-d", "work", "-w", seconds, "user:cmd")
+        session = world.accept(daemon)
+        serve_local(session)
+        session.send(message(EXEC_CMDLINE, exec_body(42, port)))
+    assert processes["1"].wait(DEADLINE) == 125
+    data = world.agent(513)
+    data.send(hello(4) + message(STDOUT) + code(3))
+    assert processes["0"].wait(DEADLINE) == 3
+
+
 @pytest.mark.spec("WIRE-226")
 @pytest.mark.parametrize(
     ("options", "ending", "status"),
@@ -418,11 +460,20 @@ def test_a_local_service(world: World) -> None:
 
 
 @pytest.mark.spec("WIRE-222")
-def test_prefix_and_filters(world: World) -> None:
-    call = Call(world, "-p", "prefix", "-t", stdin=subprocess.DEVNULL)
+@pytest.mark.parametrize(
+    ("options", "out", "err"),
+    [
+        ((), b"a\x1bb\n", b"c\x1bd"),
+        (("-t",), b"a_b\n", b"c\x1bd"),
+        (("-T",), b"a\x1bb\n", b"c_d"),
+        (("-tT",), b"a_b\n", b"c_d"),
+    ],
+)
+def test_prefix_and_filters(world: World, options: tuple[str, ...], out: bytes, err: bytes) -> None:
+    call = Call(world, "-p", "prefix", *options, stdin=subprocess.DEVNULL)
     assert call.data.receive() == (STDIN, b"prefix")
     call.send(message(STDOUT, b"a\x1bb\n"), message(STDERR, b"c\x1bd"), message(STDOUT), code(0))
-    assert call.finish() == (0, b"a_b\n", b"c\x1bd")
+    assert call.finish() == (0, out, err)
 
 
 @pytest.mark.spec("WIRE-222")
@@ -467,6 +518,26 @@ def test_kill_after_a_failed_connection(world: World) -> None:
     conn.close()
     process.communicate(timeout=DEADLINE)
     assert process.returncode == 125
+
+
+@pytest.mark.spec("WIRE-234")
+@pytest.mark.parametrize("mode", ["fatal error", "B", "C", "D"])
+def test_no_kill_after_a_fatal_error_and_in_other_modes(world: World, mode: str) -> None:
+    qubesd = listener(world.directory / "qubesd.sock")
+    world._open.append(qubesd)
+    if mode == "fatal error":
+        call = Call(world, "-k", stdin=subprocess.DEVNULL)
+        call.send(message(0x1234))
+        assert call.finish()[0] == 1
+    elif mode == "B":
+        assert world.run("-k", "-d", "nobody", "-c", "ID,src,41", "user:x").returncode == 137
+    elif mode == "C":
+        assert world.run("-k", "-d", "dom0", "-c", "ID,src,41", "QUBESRPC a b").returncode == 125
+    else:
+        assert world.run("-k", "-d", "dom0", "DEFAULT:QUBESRPC no.Such b").returncode == 127
+    qubesd.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        qubesd.accept()
 
 
 @pytest.mark.spec("WIRE-222")

@@ -175,9 +175,17 @@ def test_the_request_text(daemon: DaemonHarness) -> None:
     agent = daemon.start()
     policy = daemon.policy()
     agent.send(trigger4(target=b"dst", service=b"qubes.Svc+a"))
-    assert answer(policy, b"result=deny") == (
+    conn = daemon.keep(accept(policy))
+    assert read_policy_request(conn) == (
         b"source=src\nrequested_source=\nintended_target=dst\nservice_and_arg=qubes.Svc+a\n\n"
     )
+    assert conn.silent()  # nothing follows, and the write side is not shut down
+    conn.send(b"result=")
+    assert agent.silent()
+    conn.send(b"deny")
+    assert agent.silent()  # the reply ends with the connection
+    conn.close()
+    refused(agent, b"SOCKET12")
 
 
 DENIALS = [
@@ -212,7 +220,8 @@ MALFORMED = [
     b"result=deny\nresult=deny",
     b"result=DENY",
     b"user=x",
-    b"result=deny\nx=" + b"y" * 4096,
+    (b"result=deny\nx=").ljust(4096, b"y"),
+    (b"result=deny\nx=").ljust(70000, b"y"),
     allow(user=None),
     allow(target=None),
     allow(requested_target=None),
