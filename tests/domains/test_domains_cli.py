@@ -224,12 +224,23 @@ def test_an_interrupted_command_ends_by_the_signal() -> None:
     assert done.stderr == b""
 
 
-def test_an_error_of_the_system_is_told_without_its_number() -> None:
+def test_a_command_whose_output_nobody_takes_ends_without_a_word() -> None:
     program = (
-        "import sluice.cli.common as c\n"
-        "@c.tell_errors\ndef f(): open('/etc/passwd/x')\n"
-        "f()"
+        "import sluice.cli.common as c\n@c.tell_errors\ndef f():\n while 1: print('x' * 99)\nf()"
     )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(20) == -signal.SIGPIPE
+
+
+def test_an_error_of_the_system_is_told_without_its_number() -> None:
+    program = "import sluice.cli.common as c\n@c.tell_errors\ndef f(): open('/etc/passwd/x')\nf()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (125, b"sluice: /etc/passwd/x: Not a directory\n")
 

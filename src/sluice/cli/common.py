@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from sluice.agent.options import die_of_broken_pipe
 from sluice.domains.paths import Paths
 from sluice.errors import ResourceError, SluiceError
 
@@ -52,6 +53,8 @@ def tell_errors(command: Command) -> Command:
         except SluiceError as error:
             click.echo(f"sluice: {error}", err=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:
+            die_of_broken_pipe()  # `sluice log | head`: nobody reads on
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
             click.echo(f"sluice: {place}{error.strerror or error}", err=True)
