@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -202,11 +203,11 @@ def checked(candidate: Any) -> type[Any]:
     try:
         fields_of(cls.Options)
     except (TypeError, NameError) as error:
-        _, options_line = _place(cls.Options)
+        options_file, options_line = _place(cls.Options)
         raise ConfigError(
             f"the options of '{cls.name}' cannot be understood: {error}",
             file=file,
-            line=options_line,
+            line=_line_of(error, options_file) or options_line,
         ) from None
     return cls
 
@@ -260,6 +261,15 @@ def _place(cls: type[Any]) -> tuple[str | None, int | None]:
         return file, inspect.getsourcelines(cls)[1]
     except (TypeError, OSError):
         return None, None
+
+
+def _line_of(error: Exception, file: str | None) -> int | None:
+    """Return the last line of ``file`` that had a part in ``error``.
+
+    Since Python 3.14 annotations are functions, which are not run before somebody asks for them.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == file), None)
 
 
 def _line(value: Any) -> int | None:
