@@ -11,7 +11,7 @@ from tests.support.proxy import ROOT, vm
 ALLOWED = {
     "__future__", "_functools", "_heapq", "_signal", "_socket", "_struct", "_thread", "_weakref",
     "errno", "fcntl", "marshal", "select", "struct", "time", "posix", "os", "os.path", "posixpath",
-    "genericpath", "stat", "_stat", "_collections_abc",
+    "genericpath", "stat", "_stat", "_collections_abc", "abc", "_abc",
 }  # fmt: skip
 
 

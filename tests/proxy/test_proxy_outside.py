@@ -38,9 +38,12 @@ def shell(text: str) -> str:
 @confines
 @pytest.mark.spec("PROXY-047")
 def test_a_shell_filter_in_each_direction(qube: Vm) -> None:
-    qube.chain("both", "{ use = 'program', src2dst = ['tr', 'a-z', 'A-Z'], dst2src = ['rev'] }")
+    qube.chain(
+        "both",
+        "{ use = 'program', src2dst = ['tr', 'a-z', 'A-Z'], dst2src = ['tr', 'HW', 'JM'] }",
+    )
     done = qube.call("both+vault+mirror", b"hello\nworld\n")
-    assert (done.returncode, done.stdout) == (0, b"OLLEH\nDLROW\n")
+    assert (done.returncode, done.stdout) == (0, b"JELLO\nMORLD\n")
     qube.chain("large", "{ use = 'program', src2dst = ['cat'], dst2src = ['cat'] }")
     data = os.urandom(3_000_000)
     done = qube.call("large+vault+mirror", data)
@@ -87,11 +90,12 @@ def test_its_hang_is_ended_by_the_timeout_and_nothing_of_it_is_left(qube: Vm) ->
 @pytest.mark.parametrize(("last", "code"), [("cat", 0), ("exit 3", 126), ("wait", 126)])
 def test_what_it_started_ends_with_the_call(qube: Vm, last: str, code: int) -> None:
     """However the program ends: by itself, by its crash, by the timeout."""
-    marker = f"{len(last)}{os.getpid()}"
+    marker = f"{len(last)}{os.getpid()}.25"
     text = f"sleep {marker} >/dev/null 2>&1 & {last}"
     qube.chain("parent", f"{{ use = 'program', src2dst = {shell(text)}, timeout = '5s' }}")
     assert qube.call("parent+vault+mirror", b"hello").returncode == code
-    assert not _running(marker)
+    # It is nobody's child: that it was killed is all that the proxy can know.
+    eventually(lambda: not _running(marker))
 
 
 def _running(marker: str) -> list[str]:
