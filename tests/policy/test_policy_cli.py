@@ -215,6 +215,24 @@ def test_cases(place: Path) -> None:
     assert (result.exit_code, f"{table}:1: " in result.output) == (125, True)
 
 
+def test_a_table_that_is_not_text(place: Path) -> None:
+    """An error with its line, no traceback."""
+    (place / "calls").write_bytes(b"work vault t.S allow\n\xff\n")
+    result = run(place, "test", str(place / "calls"))
+    assert (result.exit_code, "calls:2: not valid UTF-8" in result.output) == (125, True)
+
+
+def test_lint_of_what_cannot_be_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A directory is no file; the other files are checked all the same."""
+    (place / "bad").write_text("bad\n")
+    result = run(place, "lint", str(place / "p"), str(place / "bad"))
+    assert result.exit_code == 1
+    assert f"{place / 'p'}:0: error: Is a directory\n    --policy-dir" in result.output
+    assert "bad:1: error" in result.output
+    status, lines = lint_by_name(capsys, str(place / "p"), str(place / "bad"))
+    assert (status, len(lines)) == (1, 2)
+
+
 def test_shipped_table() -> None:
     """The table of the shipped policies runs from the command line, with no system about."""
     result = CliRunner().invoke(main, ["policy", "test", str(shipped.CASES)])
@@ -244,6 +262,20 @@ def test_what_can(place: Path) -> None:
     assert run(place, "what-can", "vault").exit_code == 1
     found = json.loads(run(place, "what-can", "--json", "--no-ask", "--direct", "work").output)
     assert {step["domain"] for step in found} == {"vault", "rem1", "relay"}
+
+
+def test_what_disposables_and_dom0_can(place: Path) -> None:
+    """A new disposable calls by its tags and class; dom0 is not asked about, it is obeyed."""
+    (place / "p/40-disposables.policy").write_text("t.D * @type:DispVM mail allow\n")
+    result = run(place, "what-can", "@dispvm:dvm-web")
+    assert (result.exit_code, "mail\n      allow t.D+*" in result.output) == (0, True)
+    result = run(place, "who-can", "t.D", "mail")
+    assert "disposable of dvm-web" in result.output
+    for name in ("dom0", "@adminvm"):
+        result = run(place, "what-can", name)
+        assert (result.exit_code, "not subject to policy" in result.output) == (125, True)
+    result = run(place, "who-can", "t.D", "@dispvm")
+    assert (result.exit_code, "@dispvm:NAME" in result.output) == (125, True)
 
 
 def test_diff(place: Path) -> None:

@@ -205,4 +205,6 @@ def check_domain(info: SystemInfo, name: str) -> None:
 
     if name in info or name == "@adminvm" or (name[:8] == "@dispvm:" and name[8:] in info):
         return
+    if name[:1] in ("@", "*"):
+        raise LocalError(f"{escape(name)} is no single domain: give NAME, @adminvm or @dispvm:NAME")
     raise LocalError(f"there is no domain {escape(name)}{did_you_mean(name, info)}")

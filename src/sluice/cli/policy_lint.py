@@ -116,8 +116,12 @@ def _lint_file(name: str, include_service: bool) -> list[Finding]:
     try:
         with click.open_file(name, "rb") as stream:
             content = stream.read()
-    except FileNotFoundError:
-        return [Finding(Severity.ERROR, "load", "File does not exist.", name, None)]
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        message = "File does not exist." if missing else error.strerror or str(error)
+        whole = isinstance(error, IsADirectoryError)
+        advice = f"--policy-dir {name} checks a directory as a whole" if whole else ""
+        return [Finding(Severity.ERROR, "load", message, name, None, hint=advice)]
     found = lint_text(content, name, service_format=include_service)
     if include_service or any(finding.severity is Severity.ERROR for finding in found):
         return found

@@ -10,7 +10,7 @@ from dataclasses import replace
 import click
 
 from sluice.cli.policy_common import Place, place_options, read_system_info, tell_policy_errors
-from sluice.errors import LocalError
+from sluice.errors import ConfigError, LocalError
 from sluice.policy import cases
 from sluice.policy.cases import Coverage, Failure, Table, coverage, parse_table, run_case
 from sluice.policy.decisions import settle
@@ -73,8 +73,14 @@ def command(
 
 
 def _read(name: str) -> Table:
-    with open(name, encoding="utf-8") as stream:
-        return parse_table(stream.read(), name)
+    with open(name, "rb") as stream:
+        content = stream.read()
+    try:
+        return parse_table(content.decode("utf-8"), name)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        message = f"not valid UTF-8: byte 0x{content[error.start]:02x}"
+        raise ConfigError(message, file=name, line=line) from None
 
 
 def _world(table: Table, place: Place) -> tuple[Policy, SystemInfo]:

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from sluice.cli.policy_common import Place, check_domain, place_options, tell_policy_errors
+from sluice.errors import LocalError
 from sluice.policy.classes import World
 from sluice.policy.reach import Reach, Step, what_can
+from sluice.policy.system_info import is_dom0
 
 
 @click.command(short_help="List what a domain can reach.")
@@ -21,13 +23,15 @@ from sluice.policy.reach import Reach, Step, what_can
 @place_options
 @tell_policy_errors
 def command(source: str, direct: bool, no_ask: bool, as_json: bool, place: Place) -> None:
-    """List everything that SOURCE can reach.
+    """List everything that SOURCE, a name or @dispvm:NAME, can reach.
 
     "Through" supposes the worst: that each domain which it reaches does its will. Exit status 0
     if there is anything, 1 if nothing.
     """
     info = place.info()
     check_domain(info, source)
+    if is_dom0(source):
+        raise LocalError("calls made by dom0 are not subject to policy: it reaches everything")
     policy = place.load()
     world = World(info, [policy])
     steps = what_can(world, policy, source, through=not direct, ask=not no_ask)

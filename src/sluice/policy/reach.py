@@ -228,10 +228,12 @@ def what_can(
 ) -> list[Step]:
     """Return everything that ``source`` reaches, directly first, then through what it reached.
 
+    ``source`` is a name, ``uuid:...`` or, for a new disposable, ``@dispvm:NAME``.
+
     "Through" supposes that a domain that is reached does whatever its caller wants: the worst case,
     which is what one asks this question for. A disposable that is reached calls as one.
     """
-    start = source if source in world.sources else world.info.to_name(source) or source
+    start = source if source in world.sources else node_of(world.info.to_name(source) or source)
     paths: dict[str, tuple[Reach, ...]] = {start: ()}
     steps: list[Step] = []
     frontier = [start]
