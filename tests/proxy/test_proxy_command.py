@@ -11,7 +11,7 @@ import pytest
 CODE = "from sluice.cli.main import main; main()"
 
 
-def run(*words: str, data: bytes = b"", timeout: float = 20) -> subprocess.CompletedProcess[bytes]:
+def run(*words: str, data: bytes = b"", timeout: float = 60) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-c", CODE, "proxy", "run", *words],
         input=data,
@@ -41,7 +41,7 @@ def test_its_exit_code(tmp_path: Path) -> None:
     assert run("--filter", "pass", "--", "sh", "-c", "kill -9 $$").returncode == 137
     done = run("--filter", "pass", "--", "/does/not/exist")
     assert done.returncode == 125 and b"/does/not/exist" in done.stderr
-    done = run("--filter", "timeout:dst2src=100ms", "--", "sleep", "9")
+    done = run("--filter", "timeout:dst2src=100ms", "--", "sleep", "600")
     assert done.returncode == 126 and b"dst2src has not ended after 100ms" in done.stderr
 
 

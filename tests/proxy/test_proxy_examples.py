@@ -66,7 +66,7 @@ def test_each_runs_from_the_command_line(file: Path) -> None:
         [sys.executable, "-c", CODE, "proxy", "run", "--filter", word, "--", "cat"],
         input=b"hello\nx\n",
         capture_output=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == answers.get(file.stem, b"hello\nx\n")
@@ -150,7 +150,7 @@ def test_each_example_chain_runs(chain: str, tmp_path: Path) -> None:
         return subprocess.run(
             [sys.executable, "-c", CODE, "proxy", "run", "--config", config, "--chain", chain,
              "--", "cat"],
-            input=data, capture_output=True, timeout=20,
+            input=data, capture_output=True, timeout=60,
             env={**os.environ, "XDG_STATE_HOME": str(tmp_path)},
         )  # fmt: skip
 
@@ -217,6 +217,6 @@ def test_the_guide_to_writing_a_filter_works_as_it_is_written(tmp_path: Path) ->
             [sys.executable, "-c", CODE, "proxy", "run", "--filter", *words, "--", "cat"],
             input=data_,
             capture_output=True,
-            timeout=20,
+            timeout=60,
         )
         assert (done.returncode, done.stdout) == (code, out)

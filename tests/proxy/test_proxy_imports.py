@@ -32,7 +32,7 @@ def test_the_program_form_loads_next_to_nothing(filters: str) -> None:
             subprocess.run(
                 ["/usr/bin/python3", "-I", "-S", "-c", script, "x+vault+true", str(out),
                  str(ROOT / "src")],
-                env=qube.environment(), stdin=subprocess.DEVNULL, check=True, timeout=20,
+                env=qube.environment(), stdin=subprocess.DEVNULL, check=True, timeout=60,
             )  # fmt: skip
         loaded = out.read_text().split()
     assert "sluice.proxy.flow" in loaded

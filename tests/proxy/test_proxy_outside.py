@@ -77,7 +77,7 @@ def test_its_crash_aborts_the_call(qube: Vm, text: str, reason: str) -> None:
 @confines
 @pytest.mark.spec("PROXY-047")
 def test_its_hang_is_ended_by_the_timeout_and_nothing_of_it_is_left(qube: Vm) -> None:
-    marker = f"7{os.getpid()}"
+    marker = f"7{os.getpid()}.25"
     qube.chain("hang", f"{{ use = 'program', src2dst = ['sleep', '{marker}'], timeout = '300ms' }}")
     process = qube.start("hang+vault+mirror")
     assert process.wait(20) == 126
@@ -118,7 +118,7 @@ def test_its_flood_of_stderr_is_folded_and_hinders_nothing(qube: Vm) -> None:
     done = qube.call("flood+vault+mirror", b"hello")
     assert (done.returncode, done.stdout) == (0, b"hello")
     lines = qube.log().splitlines()
-    assert len(lines) < 2000
+    assert len(lines) < 20_000
     assert any("more lines left out" in line for line in lines)
 
 
@@ -151,7 +151,7 @@ def test_one_that_does_not_read_makes_the_sender_wait(qube: Vm) -> None:
     go.touch()
     process.stdin.close()
     assert int(process.stdout.read()) == sent
-    assert process.wait(5) == 0
+    assert process.wait(30) == 0
 
 
 @confines
@@ -270,7 +270,7 @@ def test_the_system_call_filter_is_well_formed(machine: str) -> None:
 
 @confines
 def test_programs_end_with_a_proxy_that_is_killed(qube: Vm) -> None:
-    marker = f"8{os.getpid()}"
+    marker = f"8{os.getpid()}.25"
     qube.chain("long", f"{{ use = 'program', src2dst = ['sleep', '{marker}'] }}")
     process = qube.start("long+vault+mirror")
 
