@@ -319,6 +319,16 @@ def test_a_failed_start_is_told_in_one_line(
     assert caller.end() == (remote, b"", line)
 
 
+def test_behind_a_proxy_it_may_be_the_service_that_is_missing(place: Place) -> None:
+    caller = Caller(place, "vm", "qrexec-proxy+chain+vault+test.S")
+    caller.allow()
+    caller.finish(127)
+    assert caller.end()[2] == (
+        b"qrexec-client-vm: status 127: the target has no service qrexec-proxy+chain+vault+test.S,"
+        b" or what the proxy called has not\n"
+    )
+
+
 @pytest.mark.parametrize("remote", [125, 127])
 @pytest.mark.parametrize("kind", [STDOUT, STDERR])
 def test_a_service_that_spoke_was_there(place: Place, remote: int, kind: int) -> None:

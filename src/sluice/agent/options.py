@@ -71,7 +71,9 @@ def explain_silence(channel: DataChannel, service: bytes, target: str) -> str:
     if channel.lost:
         return f"the connection was lost before the exit status of {name} came"
     if code == EXIT_NOT_FOUND:
-        return f"status {code}: {target} has no service {name}"
+        proxied = service.startswith(b"qrexec-proxy+")
+        behind = ", or what the proxy called has not" if proxied else ""
+        return f"status {code}: {target} has no service {name}{behind}"
     return f"status {code}: {target} could not start {name}; its log says why"
 
 
