@@ -215,6 +215,18 @@ def test_splice_until_somebody_inspects_and_from_pass_rest_on() -> None:
     assert drain(bench.far.read_in) == b"a" * 1000 + b"b" * 500
 
 
+def test_a_filter_sees_how_much_was_read_and_how_much_was_delivered() -> None:
+    cls = answering(lambda self, direction, chunk: Replace(chunk[:10]))
+    bench = Bench(cls)
+    bench.flow.start()
+    link = bench.flow.tools
+    assert (link.moved(SRC2DST), link.delivered(SRC2DST)) == (0, 0)
+    bench.source.send(b"a" * 1000)
+    bench.until(lambda: link.delivered(SRC2DST))
+    assert (link.moved(SRC2DST), link.delivered(SRC2DST)) == (1000, 10)
+    assert (link.moved(DST2SRC), link.delivered(DST2SRC)) == (0, 0)
+
+
 @pytest.mark.spec("PROXY-030")
 @pytest.mark.parametrize("filters", [(StopSrc,), (Inspect, StopSrc), (StopSrc, Inspect)])
 def test_what_waits_already_when_the_call_begins_does_not_slip_through(filters: Any) -> None:

@@ -89,6 +89,7 @@ class Flow:
         self.memory = memory or Memory()
         self.tools = tools or Tools(log=log, loop=loop)
         self.tools.moved = self._moved  # type: ignore[method-assign]
+        self.tools.delivered = self._delivered  # type: ignore[method-assign]
         self.tools.ended = self._ended  # type: ignore[method-assign]
         self.tools.waiting = self._waiting  # type: ignore[method-assign]
         self.chain = Chain(uses, call, clock=loop.time, tools=self.tools, memory=self.memory)
@@ -340,6 +341,9 @@ class Flow:
 
     def _moved(self, direction: Direction) -> int:
         return self.streams[direction].moved if self.streams else 0
+
+    def _delivered(self, direction: Direction) -> int:
+        return self.streams[direction].pump.moved if self.streams else 0
 
     def _ended(self, direction: Direction) -> bool:
         return bool(self.streams) and self.streams[direction].finished

@@ -191,6 +191,10 @@ class Link:
         """Return how many bytes were read from the sender of a direction, spliced ones too."""
         return self._chain.tools.moved(direction)
 
+    def delivered(self, direction: Direction) -> int:
+        """Return how many bytes the reader of a direction was given, spliced ones too."""
+        return self._chain.tools.delivered(direction)
+
     def ended(self, direction: Direction) -> bool:
         """Tell whether a direction has ended and all of it was delivered."""
         return self._chain.tools.ended(direction)
@@ -257,6 +261,10 @@ class Tools:
 
     def moved(self, direction: Direction) -> int:
         """Return bytes read from the sender of ``direction``; the flow replaces this."""
+        return 0
+
+    def delivered(self, direction: Direction) -> int:
+        """Return bytes given to the reader of ``direction``; the flow replaces this."""
         return 0
 
     def ended(self, direction: Direction) -> bool:

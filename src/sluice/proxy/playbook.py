@@ -39,10 +39,12 @@ class Playbook:
             log=self.log.append,
         )
         self.tools.moved = self._moved  # type: ignore[method-assign]
+        self.tools.delivered = self._delivered  # type: ignore[method-assign]
         self.tools.ended = lambda direction: self._ended[direction]  # type: ignore[method-assign]
         self.memory = Memory()
         self.chain = Chain(uses, call, clock=lambda: self.now, tools=self.tools, memory=self.memory)
         self._count = [0, 0]
+        self._came = [0, 0]
         self._ended = [False, False]
         self._seen_end = [False, False]
         self._out = [bytearray(), bytearray()]
@@ -114,10 +116,14 @@ class Playbook:
     def _moved(self, direction: Direction) -> int:
         return self._count[direction]
 
+    def _delivered(self, direction: Direction) -> int:
+        return self._came[direction]
+
     def _collect(self) -> None:
         for direction in (SRC2DST, DST2SRC):
             for piece in self.chain.out[direction]:
                 self._out[direction] += piece
+                self._came[direction] += len(piece)
             self.chain.out[direction].clear()
 
     def _nothing_left(self) -> None:
