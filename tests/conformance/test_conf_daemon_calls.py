@@ -50,7 +50,7 @@ class Asked:
     """A call of the agent that policy allows."""
 
     def __init__(self, daemon: DaemonHarness, reply: bytes, **trigger: bytes) -> None:
-        self.agent = daemon.start()
+        self.agent = daemon.start(QREXEC_STARTUP_TIMEOUT="30")
         self.policy = daemon.policy()
         self.agent.send(trigger4(**trigger))
         answer(self.policy, reply)
@@ -306,6 +306,10 @@ def test_a_service_of_dom0(daemon: DaemonHarness) -> None:
     assert call.messages() == [(STDOUT, b""), (EXIT, struct.pack("<i", 5))]
     call.agent.send(message(TERMINATED, exec_body(0, 513)))
     wait_until(lambda: daemon.allocated()[1] == 513, "the port to be free")
+    assert daemon.process is not None
+    assert daemon.process.stderr is not None
+    daemon.process.terminate()
+    assert b"\nerr\n" in daemon.process.stderr.read()
 
 
 @pytest.mark.spec("WIRE-112")
@@ -330,6 +334,21 @@ def test_the_environment_of_a_service_of_dom0(
     call.greet()
     output = b"".join(body for kind, body in call.messages() if kind == STDOUT)
     assert output == expected
+
+
+@pytest.mark.spec("WIRE-112")
+def test_the_rest_of_the_environment_is_that_of_the_daemon(daemon: DaemonHarness) -> None:
+    daemon.service("test.Svc", "#!/bin/sh\nexec /usr/bin/env\n")
+    call = Dom0Call(daemon, allow(target="dom0", policy_source="remote"), service=b"test.Svc")
+    call.greet()
+    output = b"".join(body for kind, body in call.messages() if kind == STDOUT)
+    seen = dict(line.split(b"=", 1) for line in output.splitlines())
+    assert seen[b"PATH"] == os.fsencode(os.environ["PATH"])
+    assert seen[b"QREXEC_SERVICE_PATH"] == os.fsencode(daemon.directory / "rpc")
+    assert seen[b"QREXEC_REMOTE_DOMAIN"] == b"remote"
+    assert seen[b"QREXEC_SERVICE_FULL_NAME"] == b"test.Svc+"
+    assert seen[b"QREXEC_SERVICE_ARGUMENT"] == b""
+    assert not [name for name in seen if name.startswith(b"QREXEC_STARTUP")]
 
 
 @pytest.mark.spec("WIRE-114", "WIRE-115")
