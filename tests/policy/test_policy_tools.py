@@ -191,6 +191,22 @@ def test_lint_names_what_shadows() -> None:
     assert str(finding).startswith("policy:3: warning: unreachable: policy:1 covers it")
 
 
+def test_lint_of_a_file_that_is_included_for_several_services() -> None:
+    """What holds for all of them is said once; what holds for some names these."""
+    files = {
+        "/p/a.policy": "t.B * work mail deny\n"
+        + "".join(f"!include-service t.{name} * i\n" for name in "ABC"),
+        "/p/i": "work mail allow\nwork vualt allow\nwork mail ask\n",
+    }
+    found = [str(finding) for finding in lint(from_files(files, ("/p",)), FIXTURE)]
+    assert found == [
+        "/p/i:2: warning: target: there is no domain vualt [unknown-domain]",
+        "/p/i:3: warning: unreachable: /p/i:1 covers it wholly (for t.A *, t.C *) [unreachable]",
+        "/p/i:1: warning: unreachable: /p/a.policy:1 covers it wholly (for t.B *) [unreachable]",
+        "/p/i:3: warning: unreachable: /p/a.policy:1 covers it wholly (for t.B *) [unreachable]",
+    ]
+
+
 def test_lint_services() -> None:
     """Against the services that exist, where they are known."""
     rules = "t.S * work vault ask\nqubes.Filecopy * work vault ask\nmy.Own * work vault ask"

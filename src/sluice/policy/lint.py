@@ -7,6 +7,7 @@ names that do not exist, redirections to what cannot be, and rules that decide n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from sluice.policy.classes import World
@@ -70,7 +71,27 @@ def lint(
         ]
         found += [(NOWHERE, finding) for finding in _shared_proxies(policy, world, info)]
     found.sort(key=lambda entry: entry[0])
-    return [finding for _, finding in found]
+    return _once(found, policy)
+
+
+def _once(found: list[tuple[int, Finding]], policy: Policy) -> list[Finding]:
+    """Say once what holds for a line wherever it is included; else for which calls it holds."""
+    times = Counter((rule.file, rule.line) for rule in policy.rules)
+    calls: dict[Finding, list[str]] = {}
+    for number, finding in found:
+        given = calls.setdefault(finding._replace(related=()), [])
+        if number != NOWHERE:
+            given.append(f"{policy.rules[number].service} {policy.rules[number].argument}")
+    said = []
+    for _, finding in found:
+        given = calls.pop(finding._replace(related=()), None)
+        if given is None:
+            continue
+        if len(given) < times[finding.file, finding.line] and given:
+            message = f"{finding.message} (for {', '.join(dict.fromkeys(given))})"
+            finding = finding._replace(message=message)
+        said.append(finding)
+    return said
 
 
 def _cover(token: Token, info: SystemInfo | None, *, source: bool) -> list[str]:
