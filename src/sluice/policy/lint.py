@@ -84,10 +84,11 @@ def _once(found: list[tuple[int, Finding]], policy: Policy) -> list[Finding]:
             given.append(f"{policy.rules[number].service} {policy.rules[number].argument}")
     said = []
     for _, finding in found:
-        given = calls.pop(finding._replace(related=()), None)
-        if given is None:
+        key = finding._replace(related=())
+        if key not in calls:
             continue
-        if len(given) < times[finding.file, finding.line] and given:
+        given = calls.pop(key)
+        if given and len(given) < times[finding.file, finding.line]:
             message = f"{finding.message} (for {', '.join(dict.fromkeys(given))})"
             finding = finding._replace(message=message)
         said.append(finding)
