@@ -191,11 +191,15 @@ def _is_ours(sock: socket.socket) -> bool:
     return struct.unpack("3i", peer)[1] in (0, os.geteuid())
 
 
+class NotRunningError(LocalError):
+    """No AdminVM listens where it was looked for."""
+
+
 def request(path: str | os.PathLike[str], method: str, timeout: float = 90.0, **fields: Any) -> Any:
     """Ask the AdminVM whose socket is ``path`` and return its result; for the command line.
 
-    Raises LocalError where nobody answers there, and with the AdminVM's own words where it
-    refuses; its attribute ``kind`` is then the name of the error's class.
+    Raises NotRunningError where nobody answers there, and LocalError with the AdminVM's own words
+    where it refuses; its attribute ``kind`` is then the name of the error's class.
     """
     line = json.dumps({"method": method, **fields}).encode() + b"\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -209,7 +213,7 @@ def request(path: str | os.PathLike[str], method: str, timeout: float = 90.0, **
             raise LocalError(f"no answer within {timeout:g} seconds") from None
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
-                raise LocalError("no AdminVM runs here (start it with `sluice up`)") from None
+                raise NotRunningError("no AdminVM runs here (start it with `sluice up`)") from None
             raise LocalError(f"the AdminVM cannot be asked: {error.strerror}") from error
     if not isinstance(answer, dict):
         raise LocalError("the AdminVM gave no answer")

@@ -9,7 +9,6 @@ import click
 
 from sluice.cli.common import ask, places, root_option, tell_errors
 from sluice.domains.paths import Paths
-from sluice.errors import LocalError
 
 COLUMNS = ("name", "class", "label", "state", "kind", "pid", "calls")
 
@@ -33,10 +32,12 @@ def command(limits: bool, as_json: bool, root: str | None) -> None:
 
 def describe(paths: Paths) -> list[dict[str, Any]]:
     """Return the domains as the AdminVM knows them; from the file where none runs."""
+    from sluice.adminvm.api import NotRunningError
+
     try:
         return list(ask(paths, "list"))
-    except LocalError:
-        if paths.control_socket.exists() or not paths.system_file.exists():
+    except NotRunningError:
+        if not paths.system_file.exists():
             raise
     from sluice.domains.system_file import load
 
