@@ -340,7 +340,8 @@ def test_preloading_into_others(inside: Machine) -> None:
         "LD_PRELOAD=/home/user/evil.so PYTHONPATH=/home/user /usr/bin/env LD_PRELOAD= qrexec-client-vm peer test.Environment"
     )
     assert b"PRELOAD" not in done.stdout
-    assert b"PYTHONPATH" not in done.stdout
+    assert b"PYTHONPATH=/usr/lib/sluice\n" in done.stdout  # its own domain's
+    assert b"/home/user/evil" not in done.stdout
     assert b"QREXEC_REMOTE_DOMAIN=work" in done.stdout
 
 
@@ -349,7 +350,11 @@ def test_the_environment_of_a_service(inside: Machine) -> None:
     """Looks for anything of the host user's session in a service's environment."""
     names = set(inside.value("' '.join(os.environ)").split())
     allowed = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "PWD", "OLDPWD", "SHLVL", "_"}
-    assert names - allowed <= {"QREXEC_AGENT_PID", "LC_CTYPE"}
+    assert names - allowed <= {
+        *("QREXEC_AGENT_PID", "LC_CTYPE", "PYTHONPATH", "XDG_RUNTIME_DIR"),
+    }
+    assert inside.value("os.environ['PYTHONPATH']") == "/usr/lib/sluice"
+    assert inside.value("os.environ['XDG_RUNTIME_DIR']") == "/run/user/1000"
     assert str(inside.root) not in inside.value("str(os.environ)")
 
 
