@@ -8,6 +8,7 @@ this machine is skipped with the reason.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pwd
 import shlex
@@ -108,7 +109,7 @@ class Machine:
             env=self.environment,
             cwd="/",
         )
-        wait_for(lambda: "ready:" in self.said() or self.process.poll() is not None, 40)
+        wait_for(lambda: "ready:" in self.said() or self.process.poll() is not None, 80)
         assert self.process.poll() is None, self.said()
 
     def said(self) -> str:
@@ -120,7 +121,7 @@ class Machine:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(10)
+                self.process.wait(60)
             finally:
                 if self.process.poll() is None:
                     self.process.kill()
@@ -173,7 +174,7 @@ class Machine:
         return next(int(d["pid"]) for d in described if d["name"] == domain)
 
 
-def wait_for(condition: object, seconds: float = 10.0) -> None:
+def wait_for(condition: object, seconds: float = 40.0) -> None:
     """Wait until ``condition()`` is true. Raises AssertionError when it does not become so."""
     assert callable(condition)
     end = time.monotonic() + seconds
@@ -187,6 +188,16 @@ def reachable_by_others() -> bool:
     path = Path(sys.executable)
     places = [*path.parents, *Path(runtime.package_directory()).parents]
     return all(place.stat().st_mode & 0o005 == 0o005 for place in places)
+
+
+def of_the_user_database(*command: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a command that changes it; others may hold its lock for a moment, again and again."""
+    for _ in range(200):
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode == 0:
+            break
+        time.sleep(0.1)
+    return done
 
 
 @contextlib.contextmanager
@@ -209,15 +220,8 @@ def some_user(mode: str) -> Iterator[str | None]:
     if not reachable_by_others():
         pytest.skip("an ordinary user cannot reach this checkout")
     name = f"slt{mode[:2]}{os.getpid()}"
-    # Another run may hold the lock of the user database for a moment.
-    for _ in range(50):
-        done = subprocess.run(
-            ["useradd", "-M", "-s", "/bin/sh", name], capture_output=True, check=False
-        )
-        if done.returncode == 0:
-            break
-        time.sleep(0.1)
-    else:
+    done = of_the_user_database("useradd", "-M", "-s", "/bin/sh", name)
+    if done.returncode != 0:
         pytest.skip(f"no user can be made: {done.stderr.decode()}")
     try:
         if (
@@ -227,7 +231,7 @@ def some_user(mode: str) -> Iterator[str | None]:
             pytest.skip("useradd gave no subordinate ids")
         yield name
     finally:
-        subprocess.run(["userdel", name], capture_output=True, check=False)
+        of_the_user_database("userdel", name)
 
 
 @contextlib.contextmanager
@@ -291,3 +295,14 @@ HOSTILE_FILES = {
 def hostile_machine(mode: str) -> contextlib.AbstractContextManager[Machine]:
     """Return that system, started in one of the privilege models."""
     return machine(mode, HOSTILE_SETTINGS, HOSTILE_POLICY, HOSTILE_FILES)
+
+
+def groups(system: Machine, domain: str = "*") -> list[Path]:
+    """Return the control groups of a system's domains, or of one of them."""
+    label = hashlib.sha256(os.fsencode(system.root / "state")).hexdigest()[:12]
+    found = []
+    # Not by a glob, which fails when somebody else's group goes while it is looked at.
+    for place, below, _ in os.walk("/sys/fs/cgroup"):
+        if os.path.basename(place) == f"sluice-{label}":
+            found += [Path(place, name) for name in below if domain in ("*", name)]
+    return found

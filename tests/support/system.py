@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-READY_WITHIN = 30.0
+READY_WITHIN = 60.0
 
 
 class System:
@@ -39,7 +39,7 @@ class System:
             input=input,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=100,
             env=self.environment,
             check=False,
         )
@@ -104,7 +104,7 @@ class Running:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

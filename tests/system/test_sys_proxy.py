@@ -101,7 +101,7 @@ def test_exit_codes_of_service_policy_and_rules(running: Running) -> None:
 def test_a_timeout_ends_both_legs(running: Running) -> None:
     begun = time.monotonic()
     code, out = call(running, "brief+vault+test.Wait")
-    assert (code, out) == (126, "up\n") and time.monotonic() - begun < 5
+    assert (code, out) == (126, "up\n") and time.monotonic() - begun < 20
     # The service does not look at its streams, so the agent leaves it to itself, as in Qubes.
     running.run("vault", "pkill -f 'sleep 600'")
     assert "dst2src has not ended" in running.run("proxy", "sluice proxy log -n 1")[1]
@@ -128,7 +128,7 @@ def test_a_target_domain_that_dies_ends_the_call(running: Running) -> None:
     process = running.start("work", "qrexec-client-vm proxy qrexec-proxy+pass+vault+test.Wait")
     assert process.stdout is not None and process.stdout.readline() == b"up\n"
     assert running.system.sluice("stop", "vault").returncode == 0
-    assert process.wait(5) == 125
+    assert process.wait(20) == 125
     assert running.system.sluice("start", "vault").returncode == 0
     assert call(running, "pass+vault+test.Echo", "again") == (0, "again")
 
@@ -139,6 +139,6 @@ def test_a_proxy_domain_that_dies_ends_the_call(running: Running) -> None:
     process = running.start("work", "qrexec-client-vm proxy qrexec-proxy+pass+vault+test.Wait")
     assert process.stdout is not None and process.stdout.readline() == b"up\n"
     assert running.system.sluice("stop", "proxy").returncode == 0
-    assert process.wait(5) != 0
+    assert process.wait(20) != 0
     assert running.system.sluice("start", "proxy").returncode == 0
     assert call(running, "pass+vault+test.Echo", "again") == (0, "again")

@@ -64,7 +64,7 @@ def running() -> Iterator[Running]:
         with system.up() as made:
             for name in ("proxy", "raw"):
                 made.start(name, "exec sluice proxy serve")
-                path = eventually(lambda name=name: made.run(name, FIND)[1].strip(), 20)
+                path = eventually(lambda name=name: made.run(name, FIND)[1].strip(), 60)
             link = (
                 "mkdir -p /usr/local/etc/qubes-rpc &&"
                 f" ln -s {path} /usr/local/etc/qubes-rpc/qrexec-proxy"

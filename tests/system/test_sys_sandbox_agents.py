@@ -110,12 +110,12 @@ def test_a_hostile_first_process(what: str) -> None:
         async with system(HOSTILE[what]) as adminvm:
             with contextlib.suppress(SluiceError):
                 await adminvm.start_domain("bad")
-            answered = await adminvm.run("good", "echo answered", timeout=10)
+            answered = await adminvm.run("good", "echo answered", timeout=60)
             assert answered.stdout == b"answered\n"
             if adminvm.state("bad") != "Halted":
                 await adminvm.stop_domain("bad", kill=True)
             assert adminvm.state("bad") == "Halted"
-            answered = await adminvm.run("good", "echo again", timeout=10)
+            answered = await adminvm.run("good", "echo again", timeout=60)
             assert answered.stdout == b"again\n"
             size = sum(entry.stat().st_size for entry in adminvm.paths.log.iterdir())
             assert size < 200_000
@@ -143,7 +143,7 @@ def test_who_breaks_the_protocol_is_ended(what: str) -> None:
         async with system(HOSTILE[what]) as adminvm:
             with contextlib.suppress(SluiceError):
                 await adminvm.start_domain("bad")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while adminvm.state("bad") != "Halted":
                     await asyncio.sleep(0.01)
 

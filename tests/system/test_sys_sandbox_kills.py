@@ -4,7 +4,6 @@ is a clean one. Ten rounds each; five hundred with ``make soak``.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.processes import Seen, seen
-from tests.support.sandbox import Machine, machine, wait_for
+from tests.support.sandbox import Machine, groups, machine, wait_for
 from tests.support.system import descendants
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(3000), pytest.mark.xdist_group("sandbox")]
@@ -38,8 +37,8 @@ LOAD = (
     "| qrexec-client-vm b test.Echo >/dev/null) & "
     "cat; kill -KILL 0"
 )
-# Two seconds are promised; a test may take five times that on a busy machine.
-DEADLINE = 10.0
+# Two seconds are promised; how long it takes on a busy machine is not shown here.
+DEADLINE = 30.0
 
 few = pytest.param(10, id="few")
 many = pytest.param(500, id="many", marks=pytest.mark.soak)
@@ -94,12 +93,6 @@ def start(system: Machine, name: str) -> None:
     from sluice.adminvm.api import request
 
     request(system.root / "run/control.sock", "start", name=name)
-
-
-def groups(system: Machine) -> list[Path]:
-    """Return the control groups of the system's domains."""
-    label = hashlib.sha256(os.fsencode(system.root / "state")).hexdigest()[:12]
-    return [path for path in Path("/sys/fs/cgroup").glob(f"**/sluice-{label}/*") if path.is_dir()]
 
 
 @rounds
