@@ -27,11 +27,16 @@ SYSTEM = f"""
 "{RPC}/test.Greet+de" = "test.Greet+de"
 "{RPC}/test.Garbage" = "garbage"
 "{RPC}/test.Windows" = "windows"
+"{RPC}/test.OneSocket" = "one-socket"
 "/usr/local/bin/ask-server" = "ask-server"
 "/usr/local/etc/qubes/rpc-config/example.Ask" = "example.Ask"
 """
 FILES = {
     "garbage": "\x01garbage\n",
+    "one-socket": (
+        '#!/bin/sh\nread -r line\nkill -USR1 "$QREXEC_AGENT_PID" || exit\n'
+        'echo "$line over stdin" >&0\nexec >&-\n'
+    ),
     "windows": "#!/bin/sh\r\nexit\r\n",
     "ask-server": (EXAMPLES / "ask-server").read_text(),
     "example.Ask": (EXAMPLES / "rpc-config" / "example.Ask").read_text(),
@@ -90,6 +95,21 @@ def test_what_cannot_be_started(inside: Machine) -> None:
     assert "begins neither with #! nor as a program" in done.stdout
     assert "its interpreter /bin/sh\\x0d is missing" in done.stdout
     assert "test.Mode is neither executable nor a socket" in done.stdout
+
+
+@pytest.mark.spec("WIRE-197")
+def test_one_socket_for_both_directions(inside: Machine) -> None:
+    """A service may signal the agent, although that may be root and the service not."""
+    assert call(inside, "test.OneSocket", "echo word") == (0, "word over stdin\n")
+
+
+def test_a_domains_user_cannot_end_it_by_a_signal(inside: Machine) -> None:
+    """That the agent hears its services must not mean that it obeys them."""
+    agent = inside.agent_pid("vault")
+    for name in ("TERM", "INT", "HUP", "USR1", "USR2", "ALRM", "CHLD", "STOP", "KILL", "SEGV"):
+        run(inside, "vault", f"kill -{name} 1")
+    assert call(inside, "test.Add", "echo 1 2") == (0, "3\n")
+    assert inside.agent_pid("vault") == agent
 
 
 def test_a_socket_service(inside: Machine) -> None:

@@ -90,7 +90,10 @@ class Agent:
         self._control_fd = control_fd
         self._on_exit = on_exit
         self._log = Log("qrexec-agent")
-        self._processes = ProcessTable(loop, on_terminate=lambda: self._exit(0))
+        # Process 1 of a sandbox ends with its channel. Its services can signal it, and what such a
+        # process does not handle the kernel keeps from it.
+        ends = None if self.sandbox and os.getpid() == 1 else lambda: self._exit(0)
+        self._processes = ProcessTable(loop, on_terminate=ends)
         environment = dict(environment)
         if agent_socket != AGENT_SOCKET:
             # For the library (sluice.call), which has no option to be told by.

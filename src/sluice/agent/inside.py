@@ -211,6 +211,9 @@ def main() -> int:
         for failure in furnish(_read_all(descriptor), user):
             sys.stderr.write(f"could not lay {failure}\n")
     _run_rc_local()
+    if user >= 0:
+        # A saved user id gives no right to us; it lets that user's services signal us (SIGUSR1).
+        os.setresuid(-1, -1, user)
 
     from sluice.agent import users
     from sluice.agent.agent import main as agent
