@@ -175,7 +175,7 @@ def test_what_nothing_holds_is_published_and_stops_nothing(tmp_path: Path) -> No
             "descriptors": "rlimit",
         }
         assert resource.prlimit(child.pid, resource.RLIMIT_NOFILE) == (1024, 1024)
-        assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (0, 0)
+        assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (1, 1)
     finally:
         child.communicate(b"\n")
 
@@ -281,6 +281,23 @@ class TestFilter:
             action = run_filter(self.program, 41, (16, 3, protocol))
             assert action == REFUSE | errno.EPROTONOSUPPORT
             assert run_filter(self.program, 41, (2, 3, protocol)) == ALLOW
+
+    def test_protocols_that_are_seldom_seen(self) -> None:
+        for family in (2, 10, 2 | 1 << 32):
+            for protocol in (33, 115, 132, 136, 256, 132 | 1 << 32):
+                action = run_filter(self.program, 41, (family, 1, protocol))
+                assert action == REFUSE | errno.EPROTONOSUPPORT
+        for protocol in (0, 1, 6, 17, 58, 262):
+            assert run_filter(self.program, 41, (2, 1, protocol)) == ALLOW
+
+    def test_where_crashes_go_stays_as_it_is(self) -> None:
+        for upper in (0, 1 << 32):
+            assert run_filter(self.program, 160, (4 | upper, 1)) == REFUSE
+            assert run_filter(self.program, 302, (0, 4 | upper, 1)) == REFUSE
+            assert run_filter(self.program, 302, (0, 4 | upper, 1 << 32)) == REFUSE
+            assert run_filter(self.program, 302, (0, 4 | upper, 0, 1)) == ALLOW  # to look
+        assert run_filter(self.program, 160, (7, 1)) == ALLOW
+        assert run_filter(self.program, 302, (0, 7, 1)) == ALLOW
 
     def test_namespaces(self) -> None:
         for flag in seccomp.CLONE_NAMESPACES:

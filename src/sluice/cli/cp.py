@@ -9,6 +9,7 @@ an open directory, as something new, and follows no link.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -25,6 +26,8 @@ from sluice.domains.model import name_error
 from sluice.domains.paths import Paths
 from sluice.errors import LocalError, RemoteError
 from sluice.wire.names import escape
+
+LAST_WORDS = 1.0  # seconds that a sender may take to end whose stream made no sense
 
 
 @click.command()
@@ -73,7 +76,7 @@ def copy_in(paths: Paths, source: str, name: str, path: str, user: str) -> None:
         raise LocalError(f"{source}: no such file")
     own_name = os.path.basename(os.path.abspath(source))
     words = ["receive", path, own_name] if own_name else ["receive", path]
-    command = client(paths, name, _program(paths, name, *words), user)
+    command = client(paths, name, _program(paths, name, *words), user, hangup=True)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
     said = LastWords(process)
@@ -99,7 +102,7 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
     if os.path.isdir(destination) and own_name in ("", ".", "..", "~"):
         raise LocalError(f"{destination}: is a directory; say what the copy is to be called")
     make_running(paths, name)
-    command = client(paths, name, _program(paths, name, "send", path), user)
+    command = client(paths, name, _program(paths, name, "send", path), user, hangup=True)
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -112,6 +115,10 @@ def copy_out(paths: Paths, name: str, path: str, destination: str, user: str) ->
                 receive(stream.fileno(), destination, own_name, reserve=True)
         except CopyError as error:
             failure = str(error)
+            # It would go on sending for as long as it likes. Where it has ended it says why.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+            process.kill()
         finally:
             said = words.text()
     if failure and not said.strip():  # else it says itself why it stopped

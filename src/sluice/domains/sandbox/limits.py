@@ -193,7 +193,7 @@ class DomainLimits:
             self._held[controller] = kind if held else NONE
         descriptors = MAX_DESCRIPTORS if agent_has_own_id else AGENT_DESCRIPTORS
         rlimits.lower(pid, resource.RLIMIT_NOFILE, descriptors)
-        rlimits.lower(pid, resource.RLIMIT_CORE, 0)
+        rlimits.lower(pid, resource.RLIMIT_CORE, rlimits.CORE_TO_NOBODY)
         rlimits.lower(pid, resource.RLIMIT_MEMLOCK, 8 * MIB)
         wanted = self.wanted
         if self._held["memory"] == NONE:

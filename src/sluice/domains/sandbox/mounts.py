@@ -87,6 +87,10 @@ def build(
     # The agent serves the system log; /dev itself stays read-only.
     plan.add("--proc", "/proc", "--dev", "/dev")
     plan.add("--symlink", "/run/qubes/log", "/dev/log", "--remount-ro", "/dev")
+    # Keys belong to user ids, not to namespaces: with one id these would list the user's own.
+    for path in ("/proc/keys", "/proc/key-users"):
+        if os.path.exists(path):
+            plan.add("--perms", "0444", "--ro-bind-data", str(plan.memory(b"")), path)
     # These are not the domain's root's but ours, who set them up; so anybody may write in them.
     # Process 1 makes what must be root's in them before anything else runs.
     plan.tmpfs("/dev/shm", SHM_SIZE, 0o1777)  # noqa: S108

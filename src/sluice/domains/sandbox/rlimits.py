@@ -11,6 +11,10 @@ import os
 import resource
 from pathlib import Path
 
+# A crash of a process with this limit of core files goes to nobody. Any other value, 0 too, would
+# hand it to the program that the host's core_pattern may name, which runs as the host's root and
+# reads what the domain has prepared (core(5)). Nobody inside can set another (see seccomp).
+CORE_TO_NOBODY = 1
 _LOOKS = 10
 
 

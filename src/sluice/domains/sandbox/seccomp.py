@@ -121,6 +121,14 @@ ALLOWED_FAMILIES = (AF_UNIX, AF_INET, AF_INET6, AF_NETLINK)
 # netfilter, IPsec, auditing, crypto and the rest, which have been ways into the kernel.
 ALLOWED_NETLINK = (0, 4, 15)
 
+# Protocols that few programs use and whose code has often been a way in: DCCP, L2TP, SCTP,
+# UDP-Lite, SMC. Asking for one can load its module.
+REFUSED_PROTOCOLS = (33, 115, 132, 136, 256)
+
+# The limit of core files stays what it is, see rlimits.CORE_TO_NOBODY. To set it is answered as if
+# done, since programs with secrets refuse to run otherwise.
+RLIMIT_CORE = 4
+
 _LOW = 0xFFFFFFFF
 
 
@@ -161,6 +169,14 @@ def _build(allow_user_namespaces: bool) -> bytes:
                 _add(rules, errno.EAFNOSUPPORT, name, condition)
         above = pyseccomp.Arg(0, pyseccomp.GT, AF_NETLINK)
         _add(rules, errno.EAFNOSUPPORT, name, above)
+    for family in (AF_INET, AF_INET6):
+        for protocol in REFUSED_PROTOCOLS:
+            domain = pyseccomp.Arg(0, masked, _LOW, family)
+            which = pyseccomp.Arg(2, masked, _LOW, protocol)
+            _add(rules, errno.EPROTONOSUPPORT, "socket", domain, which)
+    _add(rules, 0, "setrlimit", pyseccomp.Arg(0, masked, _LOW, RLIMIT_CORE))
+    core, anew = pyseccomp.Arg(1, masked, _LOW, RLIMIT_CORE), pyseccomp.Arg(2, pyseccomp.NE, 0)
+    _add(rules, 0, "prlimit64", core, anew)
     for protocol in range(32):
         if protocol not in ALLOWED_NETLINK:
             netlink = pyseccomp.Arg(0, masked, _LOW, AF_NETLINK)
@@ -178,7 +194,7 @@ def _add(rules: pyseccomp.SyscallFilter, error: int, name: str, *conditions: obj
     try:
         rules.add_rule(pyseccomp.ERRNO(error), name, *conditions)
     except (ValueError, OSError, RuntimeError):
-        if name in ("clone", "unshare", "ioctl", "socket", "clone3"):
+        if name in ("clone", "unshare", "ioctl", "socket", "clone3", "prlimit64"):
             raise
 
 
