@@ -1,16 +1,20 @@
-"""Asking a daemon from the small programs: every wait has a deadline."""
+"""Asking daemons and qubesd: every wait has a deadline."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from tests.support.adminvm import short_directory
+from tests.support.adminvm import EXEC_CMDLINE, exec_body, hello, message, short_directory
+from tests.support.qrexec_daemon import listener
 
-from sluice.adminvm import ask, qubesd
-from sluice.errors import LocalError
+from sluice.adminvm import ask, peer, qubesd
+from sluice.errors import LocalError, RemoteError
 
 
 @pytest.fixture
@@ -39,3 +43,90 @@ def test_qubesd_is_waited_for(crowded: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(LocalError, match="accepts no connection"):
         qubesd.call_blocking("admin.vm.Kill", "work", 0.2)
     assert time.monotonic() - began >= 0.15
+
+
+# What a daemon may say before it falls silent: nothing, half a HELLO, HELLO, half a reply.
+SILENCES = [b"", hello(3)[:7], hello(3), hello(3) + message(EXEC_CMDLINE, exec_body(43, 513))[:12]]
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with short_directory() as directory:
+        yield directory
+
+
+@pytest.mark.spec("WIRE-224")
+@pytest.mark.parametrize("said", SILENCES)
+def test_a_daemon_that_falls_silent(
+    place: Path, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ask, "PATIENCE", 0.05)
+    silent = pytest.raises(RemoteError, match="work: its daemon does not answer")
+    with listener(place / "qrexec.work") as listening, silent:
+        _ask(listening, place, said)
+
+
+def _ask(listening: socket.socket, place: Path, said: bytes) -> None:
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        held.append(listening.accept()[0])
+        held[0].sendall(said)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        daemon = ask.DaemonConnection(str(place), "work")
+        daemon.send(EXEC_CMDLINE, 0, 0, b"u:x\0")
+        daemon.reply(EXEC_CMDLINE)
+    finally:
+        thread.join()
+        held[0].close()
+
+
+@pytest.mark.spec("WIRE-099")
+@pytest.mark.parametrize("said", SILENCES)
+def test_another_daemon_that_falls_silent(
+    place: Path, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "PATIENCE", 0.05)
+
+    async def main() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(said)
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, str(place / "s")):
+            with pytest.raises(RemoteError, match="does not answer"):
+                await peer.request_execution(str(place / "s"), 42, b"u:x\0")
+
+    asyncio.run(main())
+
+
+@pytest.mark.spec("WIRE-105")
+def test_a_qubesd_that_falls_silent(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "QUBESD_PATIENCE", 0.05)
+    path = str(place / "s")
+
+    async def main() -> None:
+        over = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"0")
+            await over.wait()
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, path):
+            with pytest.raises(LocalError, match=r"did not answer admin\.vm\.Start"):
+                await peer.call_qubesd(path, "admin.vm.Start", "work")
+            with pytest.raises(LocalError, match="cannot be asked"):
+                await asyncio.to_thread(_kill, path, monkeypatch)
+            over.set()
+
+    asyncio.run(main())
+
+
+def _kill(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_QUBESD_SOCKET", path)
+    qubesd.call_blocking("admin.vm.Kill", "work", 0.05)

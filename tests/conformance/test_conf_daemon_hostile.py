@@ -285,3 +285,36 @@ def test_a_connection_written_while_clients_wait_comes_before_the_refusal(
     assert kinds.count(SERVICE_CONNECT) == 1
     assert SERVICE_REFUSED not in kinds
     assert agent.silent()
+
+
+@pytest.mark.spec("WIRE-107")
+def test_the_disposables_of_a_domain_are_bounded(daemon: DaemonHarness) -> None:
+    agent = daemon.start()
+    policy, qubesd, target = daemon.policy(), daemon.qubesd(), daemon.daemon_of("disp1")
+    reply = allow(target="@dispvm:dvm", autostart="True")
+
+    def asked_of_qubesd(content: bytes) -> None:
+        conn = accept(qubesd)
+        qubesd_call(conn)
+        conn.send(b"0\0" + content)
+        conn.close()
+
+    sessions = []
+    for number in range(257):
+        agent.send(trigger4(ident=b"N%d" % number))
+        answer(policy, reply)
+        if number == 256:
+            break
+        asked_of_qubesd(b"disp1")
+        asked_of_qubesd(b"")
+        sessions.append(daemon.keep(accept(target)))
+        serve_local(sessions[-1])
+        sessions[-1].send(message(EXEC_CMDLINE, exec_body(43, 514)))
+        agent.expect(SERVICE_CONNECT)
+    assert agent.expect(SERVICE_REFUSED).startswith(b"N256\0")
+    # The end of one makes room for another.
+    sessions[7].close()
+    asked_of_qubesd(b"")
+    agent.send(trigger4())
+    answer(policy, reply)
+    asked_of_qubesd(b"disp1")

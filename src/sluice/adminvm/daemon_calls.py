@@ -27,14 +27,15 @@ from sluice.adminvm.peer import (
 )
 from sluice.adminvm.qubesd import NOT_HALTED, QubesdError, is_uuid_name
 from sluice.adminvm.served import Served
-from sluice.errors import LocalError, RemoteError, SluiceError
+from sluice.errors import LocalError, RemoteError, ResourceError, SluiceError
 from sluice.vchan.socketdir import Client
 from sluice.wire.names import escape
 
 DISPOSABLE = "@dispvm:"
 DOM0_PATIENCE = 5.0  # seconds for the data channel of a call that dom0 answers (15)
 ROOM_PATIENCE = 10.0  # seconds that a refusal waits for an agent to read
-MAX_SERVED = 256  # services that dom0 runs for the domain at once: as many as there are ports
+# Services that dom0 runs for the domain at once: as many as there are ports. Its disposables too.
+MAX_SERVED = 256
 
 
 async def refuse(endpoint: Endpoint, request: Request) -> None:
@@ -76,6 +77,7 @@ class CallHandler:
         self._log = log
         self._served = Served()
         self._asking: set[asyncio.Task[None]] = set()
+        self._disposables = 0
 
     def describe(self, request: Request) -> str:
         """Name a call in a log line."""
@@ -214,6 +216,18 @@ class CallHandler:
         """Have a call answered by a new disposable, and kill it when the call has ended."""
         if not decision.autostart:
             raise Refused("a disposable may not be started")
+        if self._disposables >= MAX_SERVED:
+            raise ResourceError(f"{MAX_SERVED} disposables answer calls of the domain already")
+        self._disposables += 1
+        try:
+            await self._use_disposable(endpoint, request, decision, text)
+        finally:
+            self._disposables -= 1
+
+    async def _use_disposable(
+        self, endpoint: Endpoint, request: Request, decision: Decision, text: bytes
+    ) -> None:
+        """Make it, call it, wait for the end, kill it, whatever happens in between."""
         base = decision.selected[len(DISPOSABLE) :]
         by_uuid = decision.target_uuid is not None
         name = await self._create(base, "uuid" if by_uuid else "")

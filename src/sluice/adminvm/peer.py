@@ -26,7 +26,8 @@ from sluice.wire.names import Trigger
 PATIENCE = 10.0
 RETRY = 0.002  # seconds between two attempts to connect, doubled each time up to MAX_RETRY
 MAX_RETRY = 0.1
-QUBESD_PATIENCE = 120.0  # starting a domain takes its time
+# Starting a domain takes as long as its property qrexec_timeout says, which may be much.
+QUBESD_PATIENCE = 1800.0
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
