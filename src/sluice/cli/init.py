@@ -86,6 +86,18 @@ USER_POLICY = """\
 """
 
 
+# Whoever listens at a port expects no service descriptor.
+TCP_SETTINGS = "skip-service-descriptor = true\n"
+
+# Each domain may be a proxy: one that has a proxy.toml. Each may serve its TCP ports, and so may
+# dom0. Both only where policy lets others call it.
+LINKS = {
+    "template/host/etc/qubes-rpc/qrexec-proxy": f"{runtime.INSIDE_BIN}/qrexec-proxy",
+    "template/host/etc/qubes-rpc/qubes.ConnectTCP": "/dev/tcp/127.0.0.1",
+    "rpc/qubes.ConnectTCP": "/dev/tcp/127.0.0.1",
+}
+
+
 @click.command()
 @root_option
 @tell_errors
@@ -110,6 +122,8 @@ def lay(paths: Paths) -> list[Path]:
         "policy.d/30-user.policy": USER_POLICY,
         "rpc/README": RPC_README,
         "template/host/README": TEMPLATE_README,
+        "rpc-config/qubes.ConnectTCP": TCP_SETTINGS,
+        "template/host/etc/qubes/rpc-config/qubes.ConnectTCP": TCP_SETTINGS,
         **{f"policy.d/{name}": text for name, text in default_policies().items()},
     }
     for directory in (
@@ -118,6 +132,7 @@ def lay(paths: Paths) -> list[Path]:
         "rpc-config",
         "policy.legacy",
         "template/host/etc/qubes-rpc",
+        "template/host/etc/qubes/rpc-config",
     ):
         (config / directory).mkdir(mode=0o755, parents=True, exist_ok=True)
     made = []
@@ -129,11 +144,10 @@ def lay(paths: Paths) -> list[Path]:
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
         made.append(config / name)
-    # Each domain may be a proxy: one that has a proxy.toml, where policy lets others call it.
-    proxy = config / "template/host/etc/qubes-rpc/qrexec-proxy"
-    if not os.path.lexists(proxy):
-        proxy.symlink_to(f"{runtime.INSIDE_BIN}/qrexec-proxy")
-        made.append(proxy)
+    for name, target in LINKS.items():
+        if not os.path.lexists(config / name):
+            (config / name).symlink_to(target)
+            made.append(config / name)
     return made
 
 
