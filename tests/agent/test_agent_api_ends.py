@@ -27,7 +27,7 @@ def soon(coroutine: Coroutine[object, object, None]) -> None:
     """Run a test that would hang where it fails."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await coroutine
 
     asyncio.run(bounded())
@@ -57,7 +57,7 @@ def test_input_is_sent_whole_though_the_output_has_ended(place: Place) -> None:
     reader = Reader()
     service = Service(place, reader)
     result = asyncio.run(
-        sluice.call("vault", "s", input=BIG, timeout=20, agent_socket=str(place.agent_socket))
+        sluice.call("vault", "s", input=BIG, timeout=60, agent_socket=str(place.agent_socket))
     )
     service.check()
     assert result.status == 0 and bytes(reader.received) == BIG
@@ -88,10 +88,10 @@ class Idle:
 
     def __call__(self, _wire: Wire) -> None:
         self.begun.set()
-        assert self.over.wait(20)
+        assert self.over.wait(60)
 
     async def has_begun(self) -> None:
-        assert await asyncio.to_thread(self.begun.wait, 20)
+        assert await asyncio.to_thread(self.begun.wait, 60)
 
 
 @pytest.mark.parametrize("direction", ["send", "receive"])

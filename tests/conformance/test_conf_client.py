@@ -371,7 +371,7 @@ def test_a_domain_that_does_not_connect(world: World) -> None:
     session.send(message(EXEC_CMDLINE, exec_body(42, 513)))
     process.communicate(timeout=DEADLINE)
     assert process.returncode == 125
-    assert 0.9 < time.monotonic() - began < 4
+    assert 0.9 < time.monotonic() - began < 10
 
 
 @pytest.mark.spec("WIRE-225")

@@ -83,7 +83,7 @@ def test_what_dom0_runs_for_an_agent_is_bounded_by_what_runs(daemon: DaemonHarne
         assert len(children(daemon)) <= 256
     assert refused
     # Each ends when its channel does not come, and then there is room again.
-    wait_until(lambda: not children(daemon), "the end of the services", 30)
+    wait_until(lambda: not children(daemon), "the end of the services", 60)
     agent.send(trigger4())
     answer(policy, allow(target="dom0"))
     agent.expect(SERVICE_CONNECT)
@@ -135,7 +135,7 @@ def test_an_agent_that_comes_and_goes_is_slowed_down(daemon: DaemonHarness) -> N
     assert daemon.process is not None
     daemon.process.terminate()
     assert daemon.ended() == -signal.SIGTERM
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 # --- neighbours ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.sandbox import wait_for
 from tests.support.system import Running, System, descendants, make_system
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(180)]
@@ -207,8 +208,13 @@ def test_a_terminated_shell_gives_the_terminal_back(running: Running) -> None:
 
 def test_the_record_has_the_command_as_it_was_typed(running: Running) -> None:
     assert running.system.sluice("run", "a", "--", "echo", "as typed").stdout == "as typed\n"
-    (line,) = running.system.sluice("log", "--json", "--calls", "-n", "1").stdout.splitlines()
-    assert json.loads(line)["command"] == "echo 'as typed'"
+
+    def commands() -> list[str]:
+        log = running.system.sluice("log", "--json", "--calls", "-n", "9").stdout
+        return [json.loads(line)["command"] for line in log.splitlines()]
+
+    # Written when both sides have told of the end, which those who called do not wait for.
+    wait_for(lambda: "echo 'as typed'" in commands())
 
 
 def test_a_person_is_told_where_to_look_when_nothing_was_started(running: Running) -> None:
@@ -216,7 +222,7 @@ def test_a_person_is_told_where_to_look_when_nothing_was_started(running: Runnin
     try:
         assert terminal.process.wait(DEADLINE) == 125
         terminal.until(b"`sluice log --domain a` says why")
-        log = running.system.sluice("log", "--domain", "a").stdout
-        assert "a command: there is no user 'nobody-there' here" in log
+        text = "a command: there is no user 'nobody-there' here"
+        wait_for(lambda: text in running.system.sluice("log", "--domain", "a").stdout)
     finally:
         terminal.close()

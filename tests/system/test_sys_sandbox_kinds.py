@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.sandbox import MODES, Machine, machine, remove
+from tests.support.sandbox import MODES, Machine, machine, remove, wait_for
 
 from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
@@ -56,7 +56,7 @@ def test_the_example_runs_as_it_stands(short: Path) -> None:
         assert sluice(short, "run", "work", "--", *time).stdout.startswith("work asked at")
         assert sluice(short, "run", "untrusted", "--", *time).returncode == 126
         assert "vault" in sluice(short, "ls").stdout
-        assert "test.Add" in sluice(short, "log").stdout
+        wait_for(lambda: "test.Add" in sluice(short, "log").stdout)
         again = sluice(short, "up", str(ROOT / "examples/system.toml"))
         assert again.returncode == 125
         assert "runs here already" in again.stderr

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.sandbox import Machine, machine
+from tests.support.sandbox import Machine, machine, wait_for
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
 
@@ -84,17 +84,24 @@ def test_what_cannot_be_started(inside: Machine) -> None:
     assert call(inside, "test.Windows") == (127, missing.format("test.Windows"))
     for service in ("test.Garbage", "test.Mode"):
         assert call(inside, service) == (125, failed.format(service))
-    done = subprocess.run(
-        [*inside.sluice("log"), "--domain", "vault"],
-        env=inside.environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "begins neither with #! nor as a program" in done.stdout
-    assert "its interpreter /bin/sh\\x0d is missing" in done.stdout
-    assert "test.Mode is neither executable nor a socket" in done.stdout
+
+    def logged() -> str:
+        return subprocess.run(
+            [*inside.sluice("log"), "--domain", "vault"],
+            env=inside.environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    # What an agent says arrives in the log a moment after the answer to the caller.
+    for text in (
+        "begins neither with #! nor as a program",
+        "its interpreter /bin/sh\\x0d is missing",
+        "test.Mode is neither executable nor a socket",
+    ):
+        wait_for(lambda text=text: text in logged())
 
 
 @pytest.mark.spec("WIRE-197")
