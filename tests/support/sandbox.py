@@ -236,13 +236,17 @@ def some_user(mode: str) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def machine(
-    mode: str, settings: str, policy: str = "", files: Mapping[str, str] | None = None
+    mode: str,
+    settings: str,
+    policy: str = "",
+    files: Mapping[str, str] | None = None,
+    kind: type[Machine] = Machine,
 ) -> Iterator[Machine]:
     """Have a system running in one mode; everything of it is gone afterwards."""
     with some_user(mode) as user:
         root = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
         root.chmod(0o755)
-        made = Machine(mode, root, user, settings)
+        made = kind(mode, root, user, settings)
         try:
             made.prepare(policy, files or {})
             made.up()

@@ -1,27 +1,32 @@
 # ruff: noqa: E501  (what runs inside is written as it runs there)
-"""A domain whose process 1 is hostile: whatever it does on its control channel, only it ends."""
+"""A domain whose process 1 is hostile: whatever it does on its control channel, only it ends.
+
+In each of three modes.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import tempfile
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.sandbox import remove
+from tests.support import hostile_agents
+from tests.support.sandbox import MODES, Machine, machine, wait_for
 
-from sluice.adminvm.system import AdminVM
-from sluice.domains.model import DomainConfig
-from sluice.domains.paths import Paths
-from sluice.domains.registry import Registry
-from sluice.domains.sandbox.bubblewrap import Bubblewrap
-from sluice.errors import SluiceError
-from sluice.policy.files import PolicyStore
+from sluice.adminvm.api import request
+from sluice.errors import LocalError
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
 
+SETTINGS = """
+[domains.good]
+[domains.bad]
+autostart = false
+qrexec_timeout = 2
+"""
+POLICY = "* * @anyvm @anyvm deny\n"
 BEGIN = """
 import _socket, os, struct, sys
 s = _socket.socket(fileno=int(os.environ['SLUICE_CONTROL_FD']))
@@ -55,72 +60,66 @@ HOSTILE = {
     "a service with a NUL inside": "hello(); trigger(service=b'a' + bytes(1) + b'b' + bytes(1))",
     "a service of 64 KiB": "hello(); trigger(service=b'a' * 65400 + bytes(1))",
     "a target that is a path": "hello(); trigger(target=b'../../../etc/passwd')",
+    "descriptors along with all it says": "\n    hello()\n    for n in range(500): s.sendmsg([struct.pack('<II', 0x211, 8), struct.pack('<II', 9, 9)], [(1, 1, struct.pack('250i', *[0] * 250))])",
     "ten thousand triggers": "\n    hello()\n    for n in range(10000): trigger(ident=b'%d' % n)",
 }
 
 
-class Hostile(Bubblewrap):
-    """Runs a program of the test as process 1 of the domain ``bad``; others get their agent."""
+class HostileMachine(Machine):
+    """A system whose domain ``bad`` runs what ``play`` was given."""
 
-    code = ""
+    def sluice(self, *words: str) -> list[str]:
+        """Return the command line of ``sluice``; what is up is our own."""
+        if words != ("up",):
+            return super().sluice(*words)
+        return self.as_user([sys.executable, "-P", hostile_agents.__file__, str(self.root)])
 
-    async def start(self, domain, control):  # type: ignore[no-untyped-def]
-        usual = self.first_process
-        if domain.name == "bad":
-            program = BEGIN + "    " + self.code + END
-            self.first_process = ("/usr/bin/python3", "-IS", "-c", program)
-        try:
-            return await super().start(domain, control)
-        finally:
-            self.first_process = usual
+    def ask(self, method: str, **fields: object) -> object:
+        return request(self.root / "run/control.sock", method, **fields)
+
+    def play(self, code: str) -> None:
+        """Start ``bad`` with this program; its start fails where it does not greet."""
+        (self.root / hostile_agents.CODE).write_text(BEGIN + "    " + code + END)
+        with contextlib.suppress(LocalError):
+            self.ask("start", name="bad")
+
+    def logged(self) -> int:
+        """Return how many bytes all logs have."""
+        return sum(path.stat().st_size for path in (self.root / "state/log").iterdir())
 
 
-@contextlib.asynccontextmanager
-async def system(code: str) -> AsyncIterator[AdminVM]:
+@pytest.fixture(scope="module", params=MODES)
+def system(request: pytest.FixtureRequest) -> Iterator[HostileMachine]:
     """A system with the domains ``good``, which runs, and ``bad``."""
-    root = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
-    paths = Paths.find(str(root))
-    paths.create()
-    (paths.config / "policy.d").mkdir(parents=True)
-    (paths.config / "policy.d/30-test.policy").write_text("* * @anyvm @anyvm deny\n")
-    uuid = "11111111-1111-4111-8111-11111111111"
-    domains = [
-        DomainConfig("good", 1, uuid + "1", template="host", autostart=True),
-        DomainConfig("bad", 2, uuid + "2", template="host", qrexec_timeout=2),
-    ]
-    sandbox = Hostile(paths)
-    sandbox.code = code
-    policy = PolicyStore([paths.config / "policy.d"], legacy_directory=root / "none")
-    adminvm = AdminVM(Registry(domains), {"bubblewrap": sandbox}, policy, paths)
-    await adminvm.start()
-    try:
-        yield adminvm
-    finally:
-        await adminvm.stop()
-        sandbox.close()
-        remove(root)
+    with machine(request.param, SETTINGS, POLICY, kind=HostileMachine) as made:
+        assert isinstance(made, HostileMachine)
+        yield made
+
+
+def descriptors(pid: int) -> int:
+    """Return how many descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 @pytest.mark.spec("CORE-169", "CORE-180")
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_first_process(what: str) -> None:
+def test_a_hostile_first_process(system: HostileMachine, what: str) -> None:
     """Whatever comes over a control channel, the AdminVM goes on and the other domain answers."""
-
-    async def run() -> None:
-        async with system(HOSTILE[what]) as adminvm:
-            with contextlib.suppress(SluiceError):
-                await adminvm.start_domain("bad")
-            answered = await adminvm.run("good", "echo answered", timeout=60)
-            assert answered.stdout == b"answered\n"
-            if adminvm.state("bad") != "Halted":
-                await adminvm.stop_domain("bad", kill=True)
-            assert adminvm.state("bad") == "Halted"
-            answered = await adminvm.run("good", "echo again", timeout=60)
-            assert answered.stdout == b"again\n"
-            size = sum(entry.stat().st_size for entry in adminvm.paths.log.iterdir())
-            assert size < 200_000
-
-    asyncio.run(run())
+    assert system.process is not None
+    before, held = system.logged(), descriptors(system.process.pid)
+    good = system.agent_pid("good")
+    system.play(HOSTILE[what])
+    assert system.shell("echo answered", "good").stdout == b"answered\n"
+    with contextlib.suppress(LocalError):
+        system.ask("kill", name="bad")
+    assert system.ask("state", name="bad") == "Halted"
+    assert system.shell("echo again", "good").stdout == b"again\n"
+    assert system.agent_pid("good") == good
+    assert system.process.poll() is None
+    # The bucket of triggers lets 500 through at once, each of which has its record.
+    assert system.logged() - before < 400_000
+    # Nothing of what was sent stays with the AdminVM, descriptors least of all.
+    wait_for(lambda: descriptors(system.process.pid) <= held + 2)
 
 
 PROTOCOL_BREAKERS = [
@@ -136,15 +135,8 @@ PROTOCOL_BREAKERS = [
 
 
 @pytest.mark.parametrize("what", PROTOCOL_BREAKERS)
-def test_who_breaks_the_protocol_is_ended(what: str) -> None:
+def test_who_breaks_the_protocol_is_ended(system: HostileMachine, what: str) -> None:
     """A control channel that has broken the protocol is closed, and its domain ended by that."""
-
-    async def run() -> None:
-        async with system(HOSTILE[what]) as adminvm:
-            with contextlib.suppress(SluiceError):
-                await adminvm.start_domain("bad")
-            async with asyncio.timeout(60):
-                while adminvm.state("bad") != "Halted":
-                    await asyncio.sleep(0.01)
-
-    asyncio.run(run())
+    system.play(HOSTILE[what])
+    wait_for(lambda: system.ask("state", name="bad") == "Halted")
+    assert system.shell("echo answered", "good").stdout == b"answered\n"
