@@ -110,6 +110,7 @@ class World:
         self._elements = list(self._offered_elements())
         self._element_facets = [frozenset(facets) for _, facets in self._elements]
         self._element_masks: dict[tuple[str, ...], int] = {}
+        self._offered_names: dict[int, frozenset[str]] = {}
         # By position of the policy and call: the same partitions are asked for again and again.
         self._regions: dict[tuple[int, CallClass], list[Region]] = {}
         self._offers: dict[tuple[int, CallClass], list[Region]] = {}
@@ -189,8 +190,10 @@ class World:
         for rule, sources, elements in self._offered(policy, call):
             if rule is not None and sources & bit and rule.action.verb is not Verb.DENY:
                 offered |= elements
-        chosen = {self._elements[number][0] for number in bits(offered)} - {source}
-        return offered_targets(chosen, domain, self.info)
+        if offered not in self._offered_names:
+            names = frozenset(self._elements[number][0] for number in bits(offered))
+            self._offered_names[offered] = names
+        return offered_targets(set(self._offered_names[offered] - {source}), domain, self.info)
 
     def _offered(self, policy: Policy, call: CallClass) -> list[Region]:
         key = (id(policy), call)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from sluice.policy.classes import CallClass, World
 from sluice.policy.evaluation import Policy
-from sluice.policy.reach import calls_of, reaches
+from sluice.policy.reach import calls_of, endings
+from sluice.policy.rules import Verb
 from sluice.policy.system_info import SystemInfo
 from sluice.policy.tokens import DISPVM_PREFIX
 
@@ -166,17 +167,18 @@ def _pairs(world: World, policy: Policy, calls: list[CallClass] | None, include_
     labels: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
     unknown = set(world.unknown)
     call, label = None, ""
-    for way in reaches(world, policy, calls=calls):
-        if way.source in unknown or (way.verb == "ask" and not include_ask):
+    for this, rule, source, ends in endings(world, policy, calls=calls):
+        kind = rule.action.verb is Verb.ASK
+        if source in unknown or (kind and not include_ask):
             continue
-        if way.source == way.target:
-            continue  # of oneself, by UUID: nobody gains anything by it
-        if way.call is not call:  # there are many ways, call by call
-            call, label = way.call, _label(way.call)
-        pair = (way.source, way.target)
-        if pair not in labels:
-            labels[pair] = (set(), set())
-        labels[pair][way.verb == "ask"].add(label)
+        if this is not call:
+            call, label = this, _label(this)
+        for target, _, _ in ends:
+            if target == source:
+                continue  # of oneself, by UUID: nobody gains anything by it
+            if (source, target) not in labels:
+                labels[source, target] = (set(), set())
+            labels[source, target][kind].add(label)
     found = {}
     for pair, (allowed, asked) in labels.items():
         free = _widest(allowed)

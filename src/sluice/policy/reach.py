@@ -41,6 +41,31 @@ class Reach(NamedTuple):
 End = tuple[str, str | None, str | None]
 """Target, relay, and what the relay is asked for."""
 
+Ends = dict[End, tuple[str, ...]]
+"""Where requests end, with the targets that lead there."""
+
+
+def endings(
+    world: World,
+    policy: Policy,
+    *,
+    sources: int | None = None,
+    calls: list[CallClass] | None = None,
+) -> Iterator[tuple[CallClass, Rule, str, Ends]]:
+    """Yield where requests of sources (bits; None: all) end, one of the calls after the other.
+
+    A rule may come several times with a source and a call: once for each of its regions.
+    """
+    finder = _Finder(world, policy)
+    for call in world.calls if calls is None else calls:
+        for region in world.regions(policy, call):
+            rule = region.rule
+            if rule is None or rule.action.verb is Verb.DENY:
+                continue
+            mask = region.sources if sources is None else region.sources & sources
+            for source, ends in finder.ends(call, rule, world.sources_in(mask), region.targets):
+                yield call, rule, source, ends
+
 
 def reaches(
     world: World,
@@ -50,27 +75,19 @@ def reaches(
     calls: list[CallClass] | None = None,
 ) -> Iterator[Reach]:
     """Yield every way in which sources (bits; None: all) reach anything, by the given calls."""
-    finder = _Finder(world, policy)
-    for call in world.calls if calls is None else calls:
-        # A rule may have several regions: what is asked for is put together.
-        found: dict[tuple[int, str, End], Reach] = {}
-        for region in world.regions(policy, call):
-            rule = region.rule
-            if rule is None or rule.action.verb is Verb.DENY:
-                continue
-            verb, user = rule.action.verb.value, rule.action.user
-            mask = region.sources if sources is None else region.sources & sources
-            for source, ends in finder.ends(call, rule, world.sources_in(mask), region.targets):
-                for end, asked in ends.items():
-                    key = (id(rule), source, end)
-                    if key in found:
-                        asked = (*found[key].asked, *asked)
-                    found[key] = Reach(source, call, asked, verb, *end, rule, user)
-        yield from found.values()
-
-
-Ends = dict[End, tuple[str, ...]]
-"""Where requests end, with the targets that lead there."""
+    found: dict[tuple[int, str, End], Reach] = {}
+    last: CallClass | None = None
+    for call, rule, source, ends in endings(world, policy, sources=sources, calls=calls):
+        if call is not last:
+            yield from found.values()
+            found, last = {}, call
+        verb, user = rule.action.verb.value, rule.action.user
+        for end, asked in ends.items():
+            key = (id(rule), source, end)
+            if key in found:  # by another region: what is asked for is put together
+                asked = (*found[key].asked, *asked)
+            found[key] = Reach(source, call, asked, verb, *end, rule, user)
+    yield from found.values()
 
 
 class _Finder:
