@@ -16,7 +16,7 @@ TOOLS = ("rpmbuild", "rpm2archive")
 @pytest.mark.skipif(
     not all(map(shutil.which, TOOLS)), reason="rpmbuild is not installed, so no RPM was built"
 )
-@pytest.mark.skipif(reason_against() is not None, reason=reason_against() or "")
+@pytest.mark.skipif(reason_against(dpkg=False) is not None, reason=reason_against(dpkg=False) or "")
 def test_it_is_built_and_its_programs_work(single: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     (checkout / "dist").mkdir(parents=True)
@@ -30,12 +30,13 @@ def test_it_is_built_and_its_programs_work(single: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (package,) = tmp_path.glob("noarch/*.rpm")
-    subprocess.run(["rpm2archive", str(package)], check=True, capture_output=True)
-    (archive,) = package.parent.glob("*.t*gz")
+    # As a filter: given a name, some versions write a file beside it and others do not.
+    with package.open("rb") as stream:
+        archive = subprocess.run(["rpm2archive", "-"], stdin=stream, stdout=-1, check=True).stdout
 
     debian = BareDebian()
     try:
-        subprocess.run(["tar", "-xzf", str(archive), "-C", str(debian.root)], check=True)
+        subprocess.run(["tar", "-xz", "-C", str(debian.root)], input=archive, check=True)
         debian.script("srv/inbox.Put", "#!/bin/sh\ncat > /srv/kept\nexit 42\n")
         assert b"no mistakes" in debian.check("sluice", "proxy", "check")
         done_call = debian.run(

@@ -1,5 +1,7 @@
 """A bare Debian around a package: a root of its own with dpkg, a shell and Python, and no network.
 
+On other systems, as Fedora, it is without dpkg: a place for what needs no package.
+
 Nothing of the machine's libraries for Python is in it, so that what runs there runs with what the
 package carries. It is made of read-only mounts by bubblewrap and needs no right of root.
 """
@@ -74,14 +76,12 @@ print(count > 50)
 """
 
 
-def reason_against() -> str | None:
-    """Return why a bare Debian cannot be made here, or None."""
-    if shutil.which("dpkg-deb") is None or shutil.which("dpkg") is None:
+def reason_against(*, dpkg: bool = True) -> str | None:
+    """Return why a bare Debian, with or without ``dpkg``, cannot be made here, or None."""
+    if dpkg and not (shutil.which("dpkg-deb") and shutil.which("dpkg")):
         return "dpkg is not installed: this machine cannot build or install Debian packages"
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed"
-    if not _libraries().is_dir():
-        return "the libraries are not where Debian has them"
     return None
 
 
@@ -180,7 +180,7 @@ class BareDebian:
 
 def _status() -> str:
     text = ""
-    for name in PRESENT:
+    for name in PRESENT if shutil.which("dpkg-query") else ():
         done = subprocess.run(
             ["dpkg-query", "-W", "-f", "${Version} ${Architecture}", name],
             capture_output=True, text=True, check=False,
