@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.sandbox import MODES, Machine, hostile_machine, wait_for
+from tests.support.sandbox import MODES, Machine, groups, hostile_machine, wait_for
 from tests.support.system import descendants
 
 from sluice.adminvm.api import request
@@ -278,8 +278,8 @@ def test_another_system_beside_it(inside: Machine) -> None:
     assert sluice(inside, "ls", "--limits").stdout == limits
     assert inside.shell("qrexec-client-vm peer test.Who").stdout == b"work\n"
     if inside.mode == "ranges":
-        groups = list(Path("/sys/fs/cgroup").glob("**/sluice-*/peer"))
-        assert any(str(before["peer"]) in (g / "cgroup.procs").read_text().split() for g in groups)
+        members = [(group / "cgroup.procs").read_text().split() for group in groups(inside, "peer")]
+        assert any(str(before["peer"]) in pids for pids in members)
 
 
 def uid(pid: int) -> int:
