@@ -27,7 +27,7 @@ from sluice.proxy.filters.record import Record
 from sluice.proxy.filters.sniff import Sniff
 from sluice.proxy.filters.streamline import Streamline
 from sluice.proxy.filters.throttle import Throttle
-from sluice.proxy.json_rules import has_long_number, too_deep
+from sluice.proxy.json_rules import Judge, has_long_number, too_deep
 from sluice.proxy.kinds import kind_of
 from sluice.proxy.line_rules import LineRules
 from sluice.proxy.link import Call
@@ -432,6 +432,26 @@ def schema(tmp_path: Path) -> str:
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
     return str(path)
+
+
+JSON_PIECES = [
+    b"{", b"}", b"[", b"]", b",", b":", b'"a"', b'"', b"\\u12", b'"\\ud800"', b'"\\x"', b"1", b"01",
+    b"-", b"1.", b"1e5", b"1E400", b"-1e309", b"1e12345", b"9" * 65, b"true", b"tru", b"NaN", b" ", b"\t",
+    b"\x0b", b"\xff", b'"\xff"', b'"\x01"', b"\xef\xbb\xbf", b'"\xed\xa0\x80"', b'"\xc3\xa9"',
+    b"\n", b'{"a": [1]}\n', b"[]\n", b"[[[]]]\n", b"[[[[]]]]\n", b'["[[[[", [[["]"]]]]\n',
+]  # fmt: skip
+
+
+@pytest.mark.spec("PROXY-041")
+@hypothesis.settings(max_examples=1000)
+@hypothesis.given(st.lists(st.sampled_from(JSON_PIECES), max_size=8).map(b"".join))
+def test_judging_many_messages_at_once_is_judging_each(text: bytes) -> None:
+    judge = Judge(None, 3)
+    each = [judge.wrong(line) for line in text.split(b"\n")]
+    assert (judge.wrong_among(text) is None) == (set(each) == {None})
+    for line, wrong in zip(text.split(b"\n"), each, strict=True):
+        if wrong is None and line.strip():
+            json.loads(line)
 
 
 @pytest.mark.spec("PROXY-041")

@@ -20,8 +20,12 @@ _STRING = re.compile(rb'"[^"]*"')
 _FULL_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 # RE2 reads every byte once, which the module re does not for these two.
 _SUSPECT = re2.compile(rb"[-+.0-9eE]{%d}|[0-9.][eE][-+]?[0-9]{4}" % (_MAX_NUMBER + 1))
+# Also what is too large for a float, which only the decoder that makes values finds.
+_LARGE = re2.compile(rb"[-+.0-9eE]{%d}|[0-9.][eE][-+]?[0-9]{3}" % (_MAX_NUMBER + 1))
 _MAX_SCHEMA = 4 << 20
 _decoder = msgspec.json.Decoder()
+# Looks at the syntax alone: makes no values, and leaves alone what is in strings.
+_checker = msgspec.json.Decoder(msgspec.Raw)
 
 
 class Judge:
@@ -45,11 +49,17 @@ class Judge:
 
         What is looked at before anything is parsed is looked at for all of them at once. If all is
         well in the whole it is well in each: brackets that close in another line are no JSON.
+        Where nobody asks for values, none are made; what that way finds wrong is judged again.
         """
         lines = text.split(b"\n")
         judge = self.wrong
-        if not too_deep(text, self._depth) and not has_long_number(text):
-            judge = self._parsed
+        # Brackets that are nested deeper, with those that close them, make a longer line.
+        longer = [line for line in lines if len(line) > 2 * self._depth]
+        if not longer or not too_deep(b"\n".join(longer), self._depth):
+            if self._validator is None and not _LARGE.search(text) and _all_well(text, lines):
+                return None
+            if not has_long_number(text):
+                judge = self._parsed
         for line in lines:
             wrong = judge(line)
             if wrong is not None:
@@ -73,6 +83,19 @@ class Judge:
         except (ValueError, RecursionError, OverflowError):
             # Strings with lone surrogates and the like: the validator cannot take them.
             return False
+
+
+def _all_well(text: bytes, lines: list[bytes]) -> bool:
+    """Tell whether all lines of ``text`` are surely JSON; False where somebody must look again."""
+    check = _checker.decode
+    try:
+        text.decode("utf-8")
+        for line in lines:
+            if line:
+                check(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def too_deep(message: bytes, most: int) -> bool:
