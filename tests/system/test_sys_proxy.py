@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -84,16 +85,23 @@ def test_a_call_reaches_the_service_with_its_argument_from_the_proxy(running: Ru
     assert call(running, "pass+vault+test.Argument+a+b") == (0, "a+b from proxy\n")
 
 
+def unsaid(result: tuple[int, str]) -> tuple[int, str]:
+    """Leave away what the client itself says of a call that fails without a word."""
+    code, text = result
+    return code, re.sub(r"\Aqrexec-client-vm: status \d+: .*\n\Z", "", text)
+
+
 @pytest.mark.spec("PROXY-012", "PROXY-008")
 def test_exit_codes_of_service_policy_and_rules(running: Running) -> None:
     for code in (1, 42, 125, 126, 127):
-        assert call(running, f"pass+vault+test.Exit+{code}") == (code, "")
+        assert unsaid(call(running, f"pass+vault+test.Exit+{code}")) == (code, "")
     assert call(running, "pass+vault+test.Denied")[0] == 126
     assert call(running, "pass+vault+test.Nothing")[0] == 127
     assert call(running, "pass+nobody+test.Echo")[0] == 126
     assert call(running, "strict+vault+test.Echo", "x") == (126, "")
-    assert call(running, "nochain+vault+test.Echo", "x") == (125, "")
-    assert call(running, "pass+proxy+qrexec-proxy+pass+vault+test.Echo", "x") == (125, "")
+    assert unsaid(call(running, "nochain+vault+test.Echo", "x")) == (125, "")
+    again = "pass+proxy+qrexec-proxy+pass+vault+test.Echo"
+    assert unsaid(call(running, again, "x")) == (125, "")
 
 
 @pytest.mark.alone
