@@ -12,7 +12,7 @@ import pytest
 from tests.support.adminvm import wait_until
 from tests.support.system import System, descendants, make_system
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.sandbox]
 
 SYSTEM = """
 [system]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.support.system import Running, System, descendants, make_system
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.sandbox]
 
 SYSTEM = """
 [system]

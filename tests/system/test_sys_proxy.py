@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support.system import Running, make_system
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.sandbox]
 
 SYSTEM = """
 [system]

@@ -9,7 +9,7 @@ from tests.support.proxy import eventually
 from tests.support.system import Running, make_system
 from tests.system.test_sys_proxy import unsaid
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.sandbox]
 
 SYSTEM = """
 [system]

@@ -16,7 +16,7 @@ import pytest
 from tests.support.sandbox import wait_for
 from tests.support.system import Running, System, descendants, make_system
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.sandbox]
 
 DEADLINE = 30.0
 SYSTEM = '[system]\nkind = "bubblewrap"\n[domains.a]\nautostart = true\n'

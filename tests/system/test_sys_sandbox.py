@@ -20,7 +20,7 @@ from tests.support.sandbox import MODES, Machine, hostile_machine, wait_for
 
 from sluice.domains.sandbox.ids import USER_INSIDE
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 
 @pytest.fixture(scope="module", params=MODES)

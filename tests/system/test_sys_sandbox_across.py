@@ -20,7 +20,7 @@ from tests.support.system import descendants
 
 from sluice.adminvm.api import request
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 

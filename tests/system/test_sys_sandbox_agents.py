@@ -18,7 +18,7 @@ from tests.support.sandbox import MODES, Machine, machine, wait_for
 from sluice.adminvm.api import request
 from sluice.errors import LocalError
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 SETTINGS = """
 [domains.good]

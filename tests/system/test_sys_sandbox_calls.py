@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support.sandbox import MODES, Machine, hostile_machine
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86-64")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.support.sandbox import MODES, Machine, groups, machine, wait_for
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 SETTINGS = """
 [domains.hostile]

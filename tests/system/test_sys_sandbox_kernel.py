@@ -16,7 +16,7 @@ from tests.support.sandbox import MODES, Machine, machine, wait_for
 
 from sluice.domains.sandbox.ids import USER_INSIDE
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 SETTINGS = """
 [domains.work]

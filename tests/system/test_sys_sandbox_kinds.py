@@ -19,7 +19,7 @@ from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox.process import MARK, WARNING, Process, own_user
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 SETTINGS = """
 [domains.work]

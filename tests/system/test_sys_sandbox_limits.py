@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support.sandbox import MODES, Machine, machine
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.timeout(120), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
 SETTINGS = """
 [domains.work]
