@@ -143,6 +143,40 @@ def test_a_socket_service_that_ends_first(place: Place) -> None:
     thread.join(DEADLINE)
 
 
+@pytest.mark.parametrize("setting", ["exit-on-client-eof", "exit-on-service-eof"])
+def test_settings_that_end_a_socket_service_early(place: Place, setting: str) -> None:
+    """One side says that it is done, the other says nothing and keeps the connection open."""
+    (place.path / "conf" / "test.S").write_text(f"{setting} = true\n")
+    listener = place.listen("rpc/test.S")
+    over = threading.Event()
+
+    def serve() -> None:
+        connection = listener.accept()[0]
+        connection.recv(100)
+        if setting == "exit-on-service-eof":
+            connection.sendall(b"bye")
+            connection.shutdown(socket.SHUT_WR)
+        over.wait(DEADLINE)
+        connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    process = subprocess.Popen(
+        as_user([str(BIN / "qubes-rpc-multiplexer"), "test.S", "work"]),
+        stdin=subprocess.PIPE if setting == "exit-on-service-eof" else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env=place.environment(),
+    )
+    place._processes.append(process)
+    try:
+        assert process.wait(DEADLINE / 2) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == (b"bye" if setting == "exit-on-service-eof" else b"")
+    finally:
+        over.set()
+        thread.join(DEADLINE)
+
+
 @pytest.mark.skipif(os.path.isdir("/run/systemd/system"), reason="there is a service manager")
 def test_without_a_service_manager_there_is_no_session_to_wait_for() -> None:
     for data in (b"user\n", b"no newline", b""):

@@ -66,14 +66,17 @@ def execute(found: Found, command: Command) -> None:
 
 
 def relay(found: Found, command: Command) -> None:
-    """Carry stdin and stdout to a socket service and back, until both have ended."""
+    """Carry stdin and stdout to a socket service and back, until both have ended.
+
+    Or one of them, where the configuration says that this is enough (10.6).
+    """
     from sluice.flow.endpoint import Endpoint
     from sluice.flow.pump import Pump
     from sluice.flow.reactor import Reactor
 
-    skip = load_configuration(command).skip_service_descriptor
+    settings = load_configuration(command)
     fd = connect_blocking(*resolve(found, command))
-    first = socket_descriptor(command, skip)
+    first = socket_descriptor(command, settings.skip_service_descriptor)
     while first:
         first = first[os.write(fd, first) :]
     loop = Reactor()
@@ -82,16 +85,17 @@ def relay(found: Found, command: Command) -> None:
 
     def ended(pump: Pump) -> None:
         running.discard(pump)
-        if not running:
+        enough = settings.exit_on_client_eof if pump is there else settings.exit_on_service_eof
+        if enough or not running:
             loop.stop()
 
     there = Pump(loop, 0, service, on_end=ended, discard=False)
     back = Pump(loop, service, 1, on_end=ended)
     running |= {there, back}
-    there.start()
-    back.start()
-    if running:
-        loop.run()
+    # Within the loop: a pump may end as soon as it is started.
+    loop.call_soon(there.start)
+    loop.call_soon(back.start)
+    loop.run()
 
 
 def main(arguments: list[str]) -> int:
