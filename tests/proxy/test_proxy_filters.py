@@ -437,8 +437,9 @@ def schema(tmp_path: Path) -> str:
 JSON_PIECES = [
     b"{", b"}", b"[", b"]", b",", b":", b'"a"', b'"', b"\\u12", b'"\\ud800"', b'"\\x"', b"1", b"01",
     b"-", b"1.", b"1e5", b"1E400", b"-1e309", b"1e12345", b"9" * 65, b"true", b"tru", b"NaN", b" ",
-    b"\t", b"\x0b", b"\xff", b'"\xff"', b'"\x01"', b"\xef\xbb\xbf", b'"\xed\xa0\x80"', b'"\xc3\xa9"',
-    b"\n", b'{"a": [1]}\n', b"[]\n", b"[[[]]]\n", b"[[[[]]]]\n", b'["[[[[", [[["]"]]]]\n',
+    b"\t", b"\x0b", b"\xff", b'"\xff"', b'"\x01"', b"\xef\xbb\xbf", b'"\xed\xa0\x80"',
+    b'"\xc3\xa9"', b"\n", b'{"a": [1]}\n', b"[]\n", b"[[[]]]\n", b"[[[[]]]]\n",
+    b'["[[[[", [[["]"]]]]\n',
 ]  # fmt: skip
 
 
