@@ -8,7 +8,7 @@ import pytest
 from tests.support.policy import rows, section, spec_param
 
 from sluice.policy.memory import parse_text
-from sluice.policy.parser import Parsed, parse_policy, parse_service
+from sluice.policy.parser import Directive, Parsed, parse_policy, parse_service
 from sluice.policy.problems import PolicySyntaxError
 from sluice.policy.rules import Rule
 from sluice.policy.tokens import Column, TokenError, check
@@ -236,6 +236,26 @@ def test_marks() -> None:
     found = first("t.S * a b \x1b[31mred")
     assert isinstance(found, PolicySyntaxError)
     assert "\x1b" not in found.marked()
+
+
+@pytest.mark.parametrize(
+    ("line", "marked"),
+    [
+        ("$foo b allow", "$foo"),
+        ("a $anyvm allow,user=x,bad", "bad"),
+        ("a,b  c permit", "c"),
+        ("  $include:x y", "$include"),
+        ("$include:$no,", "$no"),
+    ],
+)
+def test_marks_of_the_service_format(line: str, marked: str) -> None:
+    """The line is shown as it stands in the file, not as it is read."""
+    found = parse_service(line, "f", "t.S", "*").items[0]
+    if isinstance(found, Directive):
+        found = found.error("not a file")
+    assert isinstance(found, PolicySyntaxError)
+    assert found.text == line
+    assert line[found.column - 1 :][: found.width] == marked
 
 
 def test_text_form() -> None:

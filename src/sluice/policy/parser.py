@@ -54,18 +54,18 @@ class Directive(NamedTuple):
     file: str
     line: int
     text: str
-    """The line as it stands, for the marks of errors."""
+    """The line as it stands in the file, for the marks of errors."""
+    start: int
+    """Where in it the path begins, or the directive if it has none."""
 
     def error(self, message: str) -> PolicySyntaxError:
-        """Return an error at this directive, with its last parameter marked."""
-        words = _words(self.text)
-        last = words[-1] if words else Word("", 0)
+        """Return an error at this directive, with its path marked."""
         return PolicySyntaxError(
             message,
             file=self.file,
             line=self.line,
-            column=last.start + 1,
-            width=len(last.text),
+            column=self.start + 1,
+            width=len(self.path or self.kind.value),
             text=self.text,
         )
 
@@ -251,9 +251,20 @@ class _Parser:
         self._rule(words[0].text, words[1].text, words[2:], line, number, before)
 
     def _rule(
-        self, service: str, argument: str, words: list[Word], line: str, number: int, before: int
+        self,
+        service: str,
+        argument: str,
+        words: list[Word],
+        line: str,
+        number: int,
+        before: int,
+        *,
+        read: str | None = None,
     ) -> None:
-        """Check source, target, action and options (rows 6 to 15); add the rule if all is well."""
+        """Check source, target, action and options (rows 6 to 15); add the rule if all is well.
+
+        ``read`` is the line with the replacements of the service format, where there are any.
+        """
 
         def report(message: str, start: int, width: int) -> None:
             self._fault(message, number, line, start, width)
@@ -264,7 +275,8 @@ class _Parser:
                 tokens.append(recognise(word.text, column, extensions=self.extensions))
             except TokenError as error:
                 report(str(error), word.start + error.offset, error.width)
-        action = parse_action(words[2:], line, report, extensions=self.extensions)
+        text = line if read is None else read
+        action = parse_action(words[2:], text, report, extensions=self.extensions)
         if len(self.items) > before or action is None:
             return
         source, target = tokens
@@ -291,8 +303,10 @@ class _Parser:
             if faults:
                 return
             service, argument = words[1].text, words[2].text
-        path = "" if kind is Kind.COMPAT else words[-1].text
-        self.items.append(Directive(kind, path, service, argument, self.file, number, line))
+        last = words[-1]
+        path = "" if kind is Kind.COMPAT else last.text
+        place = (self.file, number, line, last.start)
+        self.items.append(Directive(kind, path, service, argument, *place))
 
     def _service_line(self, line: str, number: int, service: str, argument: str) -> None:
         stripped = line.strip()
@@ -308,14 +322,14 @@ class _Parser:
                 start, width = words[0].start, len(words[0].text)
                 self._fault("invalid number of params", number, line, start, width)
             else:
-                path = words[1].text
-                include = (Kind.INCLUDE, path, service, argument, self.file, number, text)
-                self.items.append(Directive(*include))
+                path, start = words[1]
+                place = (self.file, number, line, start)
+                self.items.append(Directive(Kind.INCLUDE, path, service, argument, *place))
         elif len(words) < 3:
             start = words[0].start if words else 0
             self._fault("wrong number of fields", number, line, start, 0)
         else:
-            self._rule(service, argument, words, text, number, len(self.items))
+            self._rule(service, argument, words, line, number, len(self.items), read=text)
 
     def _fault(self, message: str, number: int, line: str, start: int, width: int) -> None:
         column = start + 1 if width else 0
