@@ -176,11 +176,19 @@ def obstacle() -> str:
     for program in ("newuidmap", "newgidmap"):
         if shutil.which(program) is None:
             return f"{program} is not installed"
-    command = ["unshare", "--user", "--map-root-user", "--map-auto", "--", "true"]
+    # First without maps: where the namespace itself is refused, unshare may wait for its own child.
+    return _refusal([]) or _refusal(["--map-root-user", "--map-auto"])
+
+
+def _refusal(maps: list[str]) -> str:
+    """Return what unshare says against a user namespace with these maps; empty where it can."""
+    command = ["unshare", "--user", *maps, "--", "true"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
+    except OSError as error:
+        return f"unshare: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return "unshare did not end within 20 seconds"
     if done.returncode == 0 or "unrecognized option" in done.stderr:
         return ""
     return (done.stderr.strip().splitlines() or ["refused"])[0]
