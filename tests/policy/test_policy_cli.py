@@ -89,6 +89,33 @@ def test_explain_escapes(place: Path) -> None:
     assert result.exit_code == 1
 
 
+def test_nothing_of_a_policy_reaches_the_terminal_raw(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that somebody sent may hold anything; looking at it must be safe."""
+    evil = "e\x1b[31mv\u202eil"
+    good = f"t.S * {evil} vault allow user={evil}\nt.S * work mail ask\n"
+    (place / "p/20-evil.policy").write_text(f"#!sluice 1\n{good}t.S * * dom0 deny reason={evil}\n")
+    bad = place / "bad"
+    bad.write_text(f"t.S * {evil} b {evil}\n!include /{evil}\n{evil}\nt.S * a b deny {evil}=x\n")
+    (place / "calls").write_text("work vault t.S allow rule=x\nwork dom0 t.S allow\n")
+    outputs = [
+        run(place, *arguments).output
+        for arguments in (
+            ("lint",), ("lint", str(bad)), ("who-can", "t.S", "vault"), ("what-can", "work"),
+            ("explain", "work", "dom0", "t.S"), ("explain", evil, "vault", "t.S"),
+            ("diff", str(place / "p"), str(place / "q")), ("graph",), ("who-can", "t.S", evil),
+            ("test", "--coverage", str(place / "calls")), ("diff", str(bad), str(bad)),
+        )
+    ]  # fmt: skip
+    qubes_lint(["-s", str(bad)])
+    outputs.append(capsys.readouterr().out)
+    for output in outputs:
+        assert output
+        assert "\x1b" not in output
+        assert "\u202e" not in output
+
+
 def test_syntax_errors_are_marked(place: Path) -> None:
     """File, line, and a mark below the word; exit status 126."""
     (place / "p/40-bad.policy").write_text("\nt.S * a b permit\n")

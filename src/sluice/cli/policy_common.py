@@ -15,7 +15,7 @@ from sluice.errors import LocalError, PolicyError
 from sluice.policy.evaluation import Policy
 from sluice.policy.files import DiskFiles
 from sluice.policy.loader import DIRECTORIES, LEGACY_DIRECTORY, Loader
-from sluice.policy.problems import PolicyProblem
+from sluice.policy.problems import PolicyProblem, visible
 from sluice.policy.system_info import GET_SYSTEM_INFO, SystemInfo
 from sluice.wire.names import escape
 
@@ -79,6 +79,11 @@ class Place:
         if os.path.exists(QUBESD):
             return _of_qubesd()
         return None
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines of text; what a terminal must not see is escaped."""
+    click.echo(visible(text), err=err)
 
 
 def read_system_info(path: str) -> SystemInfo:
@@ -178,10 +183,10 @@ def show_error(error: PolicyError) -> None:
     from sluice.policy.hints import hint
 
     marked = error.marked() if isinstance(error, PolicyProblem) else ""
-    click.echo(f"sluice: {error}", err=True)
+    say(f"sluice: {error}", err=True)
     for line in (*marked.splitlines(), hint(error)):
         if line:
-            click.echo(f"    {line}", err=True)
+            say(f"    {line}", err=True)
 
 
 def tell_policy_errors(command: Command) -> Command:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sluice.cli.policy_common import Place, place_options, tell_policy_errors
+from sluice.cli.policy_common import Place, place_options, say, tell_policy_errors
 from sluice.policy.classes import World
 from sluice.policy.difference import Change, Group, changes_in, group
 from sluice.policy.evaluation import Policy
@@ -39,7 +39,7 @@ def command(old: str, new: str, show_all: bool, as_json: bool, place: Place) -> 
             _print(one, None if show_all else 8)
         count = sum(len(change.targets) for change in found)
         noun = "class" if count == 1 else "classes"
-        click.echo(f"{count} {noun} of calls in {len(groups)} groups change")
+        say(f"{count} {noun} of calls in {len(groups)} groups change")
     sys.exit(1 if found else 0)
 
 
@@ -58,8 +58,8 @@ def _load(path: str, place: Place) -> Policy:
 
 
 def _print(one: Group, most: int | None) -> None:
-    click.echo(f"{', '.join(one.calls)}")
-    click.echo(f"  {one.old}  =>  {one.new}")
+    say(f"{', '.join(one.calls)}")
+    say(f"  {one.old}  =>  {one.new}")
     by_targets: dict[tuple[str, ...], list[str]] = {}
     targets: dict[str, list[str]] = {}
     for source, target in one.pairs:
@@ -68,14 +68,14 @@ def _print(one: Group, most: int | None) -> None:
         by_targets.setdefault(tuple(dict.fromkeys(asked)), []).append(source)
     rows = list(by_targets.items())
     for names, sources in rows[:most]:
-        click.echo(f"    {_some(sources, most)}  ->  {_some(list(names), most)}")
+        say(f"    {_some(sources, most)}  ->  {_some(list(names), most)}")
     if most is not None and len(rows) > most:
-        click.echo(f"    ... and {len(rows) - most} more lines (--all)")
+        say(f"    ... and {len(rows) - most} more lines (--all)")
     change = one.example
     service = "".join(change.call.sample)
-    click.echo(f"    for example {change.source} -> {_shown(change.target)} {service}:")
-    click.echo(f"      before {change.old}  ({_place(change.old_rule)})")
-    click.echo(f"      after  {change.new}  ({_place(change.new_rule)})")
+    say(f"    for example {change.source} -> {_shown(change.target)} {service}:")
+    say(f"      before {change.old}  ({_place(change.old_rule)})")
+    say(f"      after  {change.new}  ({_place(change.new_rule)})")
 
 
 def _shown(target: str) -> str:

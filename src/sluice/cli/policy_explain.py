@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sluice.cli.policy_common import Place, place_options, tell_policy_errors
+from sluice.cli.policy_common import Place, place_options, say, tell_policy_errors
 from sluice.policy.confirmation import guivm_for
 from sluice.policy.decisions import settle
 from sluice.policy.explain import Explanation, explain
@@ -57,38 +57,38 @@ def _print(found: Explanation, info: SystemInfo, most: int | None) -> None:
     resolution = found.resolution
     request = found.request
     asked = escape(request.target) or "(no target)"
-    click.echo(f"{escape(request.source)} -> {asked}: {escape(request.call)}")
+    say(f"{escape(request.source)} -> {asked}: {escape(request.call)}")
     if resolution.requested_target not in (request.target, ""):
-        click.echo(f"  taken as a call of {escape(resolution.requested_target)}")
-    click.echo(f"  {settle(resolution, info)[0]}")
+        say(f"  taken as a call of {escape(resolution.requested_target)}")
+    say(f"  {settle(resolution, info)[0]}")
     if isinstance(resolution, Deny):
-        click.echo(f"  {resolution.cause}: {resolution.message}")
+        say(f"  {resolution.cause}: {resolution.message}")
         told = resolution.notify and guivm_for(resolution, info) is not None
-        click.echo(f"  the user is {'told' if told else 'not told'}")
+        say(f"  the user is {'told' if told else 'not told'}")
     if found.direction is not None and found.direction.service is not None:
         direction = found.direction
-        click.echo(f"  carried by {direction.target} as {escape(direction.service or '')}")
+        say(f"  carried by {direction.target} as {escape(direction.service or '')}")
     if resolution.rule is not None:
-        click.echo(f"  decided by {resolution.rule.place}")
-        click.echo(f"    {_text(resolution.rule)}")
+        say(f"  decided by {resolution.rule.place}")
+        say(f"    {_text(resolution.rule)}")
     if resolution.reason is not None:
-        click.echo(f"  reason: {escape(resolution.reason)}")
+        say(f"  reason: {escape(resolution.reason)}")
     for note in found.notes:
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")
     if found.near:
-        click.echo("\nCame near:")
+        say("\nCame near:")
         for near in found.near[:most]:
-            click.echo(f"  {near.rule.place}\n    {_text(near.rule)}")
+            say(f"  {near.rule.place}\n    {_text(near.rule)}")
             for reason in near.reasons:
-                click.echo(f"    but {reason}")
+                say(f"    but {reason}")
         if most is not None and len(found.near) > most:
-            click.echo(f"  ... and {len(found.near) - most} more (--all)")
+            say(f"  ... and {len(found.near) - most} more (--all)")
     if found.overruled:
-        click.echo("\nWould match as well, but come later:")
+        say("\nWould match as well, but come later:")
         for rule in found.overruled[:most]:
-            click.echo(f"  {rule.place}\n    {_text(rule)}")
+            say(f"  {rule.place}\n    {_text(rule)}")
         if most is not None and len(found.overruled) > most:
-            click.echo(f"  ... and {len(found.overruled) - most} more (--all)")
+            say(f"  ... and {len(found.overruled) - most} more (--all)")
 
 
 def _text(rule: Rule) -> str:

@@ -9,7 +9,7 @@ import sys
 import click
 
 from sluice.cli.common import places
-from sluice.cli.policy_common import Place, place_options, tell_policy_errors
+from sluice.cli.policy_common import Place, place_options, say, tell_policy_errors
 from sluice.errors import PolicyError
 from sluice.policy.evaluation import Policy
 from sluice.policy.findings import Finding, Severity, from_error
@@ -54,11 +54,11 @@ def command(
         click.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
     else:
         for finding in findings:
-            click.echo(str(finding))
+            say(str(finding))
             for line in finding.marked.splitlines():
-                click.echo(f"    {line}")
+                say(f"    {line}")
             if finding.hint:
-                click.echo(f"    {finding.hint}")
+                say(f"    {finding.hint}")
     bad = [f for f in findings if strict or f.severity is Severity.ERROR]
     sys.exit(1 if bad else 0)
 
@@ -75,7 +75,7 @@ def _lint_set(place: Place, service_dirs: tuple[str, ...]) -> list[Finding]:
     found += _not_read(place.directories)
     if info is None:
         message = "no domains are known here, so their names were not checked (--system-info FILE)"
-        click.echo(f"sluice: {message}", err=True)
+        say(f"sluice: {message}", err=True)
     return found + lint(policy, info, _services(service_dirs, place))
 
 

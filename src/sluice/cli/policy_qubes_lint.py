@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from sluice.policy.findings import Finding, Severity
 from sluice.policy.lint_lines import lint_text
 from sluice.policy.parser import split_lines
+from sluice.policy.problems import visible
 from sluice.wire.names import escape
 
 
@@ -34,16 +35,17 @@ def _check(name: str, service_format: bool, show_line: bool) -> bool:
         content = sys.stdin.buffer.read() if name == "-" else _read(name)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        print(f"{name}:0: error: {'File does not exist.' if missing else error.strerror}")
+        message = "File does not exist." if missing else error.strerror
+        print(visible(f"{name}:0: error: {message}"))
         return True
     lines = split_lines(content.decode("utf-8", "replace")) if show_line else []
     bad = False
     for finding in lint_text(content, name, service_format=service_format):
         if finding.severity is Severity.ERROR:
             bad = True
-            print(str(finding) + _line(finding, lines))
+            print(visible(str(finding)) + _line(finding, lines))
         else:
-            print(finding, file=sys.stderr)
+            print(visible(str(finding)), file=sys.stderr)
     return bad
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import click
 
-from sluice.cli.policy_common import Place, place_options, read_system_info, tell_policy_errors
+from sluice.cli.policy_common import Place, place_options, read_system_info, say, tell_policy_errors
 from sluice.errors import ConfigError, LocalError
 from sluice.policy import cases
 from sluice.policy.cases import Coverage, Failure, Table, coverage, parse_table, run_case
@@ -68,7 +68,7 @@ def command(
     else:
         _summary(count, failures, covered, show_coverage)
         for name in low:
-            click.echo(f"{name}: less than {min_coverage:g} % of the rules are covered")
+            say(f"{name}: less than {min_coverage:g} % of the rules are covered")
     sys.exit(1 if failures or low else 0)
 
 
@@ -102,12 +102,12 @@ def _world(table: Table, place: Place) -> tuple[Policy, SystemInfo]:
 
 def _print(failure: Failure, info: SystemInfo) -> None:
     case, resolution = failure.case, failure.resolution
-    click.echo(f"{case.file}:{case.line}: {case.text}")
+    say(f"{case.file}:{case.line}: {case.text}")
     for wrong in failure.wrong:
-        click.echo(f"    {wrong}")
+        say(f"    {wrong}")
     why = f": {resolution.message}" if isinstance(resolution, Deny) else ""
     place = f" by {resolution.rule.place}" if resolution.rule else ""
-    click.echo(f"    decided{place}: {settle(resolution, info)[0]}{why}")
+    say(f"    decided{place}: {settle(resolution, info)[0]}{why}")
 
 
 def _summary(
@@ -115,14 +115,14 @@ def _summary(
 ) -> None:
     for name, found in covered:
         total = len(found.decided) + len(found.missed)
-        click.echo(
+        say(
             f"{name}: {len(found.decided)} of {total} rules decided something "
             f"({found.percent:.0f} %)"
         )
         if show:
             for rule in found.missed:
-                click.echo(f"    never: {rule.place}  {str(rule).replace(chr(9), '  ')}")
-    click.echo(f"{count} calls, {len(failures)} not as expected")
+                say(f"    never: {rule.place}  {str(rule).replace(chr(9), '  ')}")
+    say(f"{count} calls, {len(failures)} not as expected")
 
 
 def _to_json(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sluice.cli.policy_common import Place, check_domain, place_options, tell_policy_errors
+from sluice.cli.policy_common import Place, check_domain, place_options, say, tell_policy_errors
 from sluice.errors import LocalError
 from sluice.policy.classes import World
 from sluice.policy.reach import Reach, Step, what_can
@@ -52,11 +52,11 @@ def _print(source: str, steps: list[Step]) -> None:
     for (number, path, lines), domains in alike.items():
         if number != depth:
             depth = number
-            click.echo("directly:" if depth == 1 else f"through {depth - 1} other(s):")
-        click.echo(f"  {', '.join(domains)}" + (f"  (from {path})" if depth > 1 else ""))
-        click.echo("\n".join(f"      {line}" for line in lines))
+            say("directly:" if depth == 1 else f"through {depth - 1} other(s):")
+        say(f"  {', '.join(domains)}" + (f"  (from {path})" if depth > 1 else ""))
+        say("\n".join(f"      {line}" for line in lines))
     if not steps:
-        click.echo("nothing")
+        say("nothing")
 
 
 def _services(ways: tuple[Reach, ...]) -> list[str]:

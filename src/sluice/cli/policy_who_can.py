@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sluice.cli.policy_common import Place, check_domain, place_options, tell_policy_errors
+from sluice.cli.policy_common import Place, check_domain, place_options, say, tell_policy_errors
 from sluice.policy.classes import UNKNOWN, World
 from sluice.policy.reach import Reach, who_can
 
@@ -55,9 +55,9 @@ def _print(world: World, found: list[Reach], most: int | None) -> None:
         )
         alike.setdefault(lines, []).append(world.label(source))
     for lines, sources in alike.items():
-        click.echo("\n".join([", ".join(sources), *lines]))
+        say("\n".join([", ".join(sources), *lines]))
     if not by_source:
-        click.echo("nobody")
+        say("nobody")
 
 
 def _some(asked: list[str], most: int | None) -> str:

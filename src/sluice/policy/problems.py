@@ -69,5 +69,15 @@ class PolicySyntaxError(PolicyProblem):
         return f"{self.file or '<unknown>'}:{self.line or 0}: {self.message}"
 
 
+def visible(text: str) -> str:
+    """Return what a terminal may see of a text about a policy: printable characters, line ends.
+
+    Names and paths of a policy may hold anything, and a file that is looked at need not be trusted.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else escape(c) for c in text)
+
+
 def _plain(text: str) -> str:
     return escape(text.replace("\t", " "), limit=_WINDOW * 10)
