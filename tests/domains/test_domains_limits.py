@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sluice.domains.model import DomainConfig
 from sluice.domains.sandbox import limits
 from sluice.errors import LocalError
 
@@ -149,6 +150,20 @@ def test_another_system_removes_our_empty_group(
     held.apply(process.pid)
     assert made == [(tmp_path / "sluice-ours", limits.V2)]
     assert shown(held)["processes"] == ("50", "cgroup2")
+
+
+def test_a_domain_gets_a_share_of_the_users_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = DomainConfig("work", 1, "1" * 8)
+    few = DomainConfig("few", 2, "2" * 8, features={"sandbox.pids-max": "20"})
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (400, 4000))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert limits.wanted(domain).pids == 100
+    assert limits.wanted(few).pids == 20
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
+    assert limits.wanted(domain).pids == limits.DEFAULT_PIDS
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (400, 4000))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert limits.wanted(domain).pids == limits.DEFAULT_PIDS
 
 
 def test_only_members_are_ended(

@@ -84,6 +84,48 @@ def test_memory_is_changed_while_the_domain_runs(inside: Machine) -> None:
             assert process.stdout.readline() == b"more\n"
 
 
+BOMB = """
+import os, sys, time
+made = 0
+try:
+    while made < 2000:
+        if os.fork() == 0:
+            os.closerange(0, 3); time.sleep(60); os._exit(0)
+        made += 1
+except OSError: pass
+print(made, flush=True)
+sys.stdin.read()
+"""
+
+
+class Held(Machine):
+    """A system whose user may have a few hundred processes, as on many machines of several users."""
+
+    def as_user(self, argv: list[str]) -> list[str]:
+        return ["prlimit", "--nproc=480:480", "--", *super().as_user(argv)]
+
+
+@pytest.mark.spec("CORE-180")
+@pytest.mark.parametrize("mode", ["subordinate", "single"])
+def test_a_fork_bomb_leaves_processes_to_the_user(mode: str) -> None:
+    """Makes processes until the kernel refuses: it counts them for the user who started the system,
+    who can still start programs, and so can the other domains."""
+    settings = "[domains.work]\n[domains.peer]\n[domains.later]\nautostart = false\n"
+    with machine(mode, settings, kind=Held) as system:
+        bomb = subprocess.Popen(
+            system.command(f"exec /usr/bin/python3 -c '{BOMB}'"), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=system.environment, cwd="/",
+        )  # fmt: skip
+        with bomb:
+            assert bomb.stdout is not None
+            assert 50 < int(bomb.stdout.readline()) <= 120
+            assert limits(system)["processes"][0] == "120"
+            assert system.shell("echo $(echo alive)", "peer").stdout == b"alive\n"
+            done = sluice(system, "run", "later", "--", "sh", "-c", "echo $(echo started)")
+            assert done.stdout == "started\n", done
+            system.down()
+
+
 @pytest.mark.spec("CORE-172", "CORE-180")
 def test_what_nothing_holds_cannot_be_changed(inside: Machine) -> None:
     """Where no group counts processor time, to change it is refused and said at the start."""

@@ -51,12 +51,22 @@ def wanted(domain: DomainConfig) -> Wanted:
     """Work out a domain's limits from its properties (12.5); never over half of the machine."""
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     memory = (domain.maxmem or domain.memory) * MIB
-    pids = domain.feature("sandbox.pids-max") or ""
-    return Wanted(
-        memory=min(memory, half),
-        pids=int(pids) if pids.isdigit() and 0 < int(pids) <= 4_194_304 else DEFAULT_PIDS,
-        cpus=domain.vcpus,
-    )
+    asked = domain.feature("sandbox.pids-max") or ""
+    pids = int(asked) if asked.isdigit() and 0 < int(asked) <= 4_194_304 else DEFAULT_PIDS
+    return Wanted(memory=min(memory, half), pids=min(pids, _share()), cpus=domain.vcpus)
+
+
+def _share() -> int:
+    """Return how many processes one domain may have at most.
+
+    The kernel counts a domain's also for the user who started the system, whatever ids they have:
+    with all that this user may have, one domain could keep the others and that user from starting
+    anything. It does not hold root to any number.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if os.geteuid() == 0 or soft == resource.RLIM_INFINITY:
+        return 1 << 22
+    return max(soft // 4, 1)
 
 
 @dataclass(frozen=True, slots=True)
