@@ -270,6 +270,8 @@ class PlayedRun:
 
     async def wait(self) -> int:
         """End as an agent does: when the control channel has ended, or by the kill."""
+        if self._over.is_set():
+            return 0
         poll = select.poll()
         poll.register(self.wire.sock.fileno(), 0)  # hang-up comes without asking
         while not self._over.is_set() and not poll.poll(0):
