@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sluice.cli.up import only_one
+from sluice.cli.up import only_one, ready_line
+from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
+from sluice.domains.registry import Registry
+from sluice.domains.sandbox.bubblewrap import Bubblewrap
 from sluice.errors import LocalError
 
 
@@ -36,3 +39,24 @@ def locked_once(one: Paths, other: Paths) -> None:
             pass
     with only_one(other):
         pass
+
+
+def test_a_missing_program_is_told_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LocalError, match=r"bwrap is not installed \(Debian: bubblewrap\)"):
+        Bubblewrap(Paths(Path("/a"), Path("/b"), Path("/c")))
+
+
+@pytest.mark.parametrize(
+    ("autostart", "running", "told"),
+    [(True, 2, False), (True, 1, True), (True, 0, True), (False, 0, False)],
+)
+def test_domains_that_did_not_start_are_told(autostart: bool, running: int, told: bool) -> None:
+    domains = [
+        DomainConfig(name=name, qid=qid, uuid=str(qid), autostart=autostart)
+        for qid, name in enumerate(("work", "vault"), 1)
+    ]
+    names = {"work", "vault"} if running == 2 else {"work"} if running else set()
+    line = ready_line(Registry(domains), names)
+    assert line.startswith(f"ready: {running} of 2 domains run")
+    assert ("`sluice doctor`" in line) is told

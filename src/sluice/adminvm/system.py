@@ -122,7 +122,7 @@ class AdminVM:
         )
         for name, result in zip(wanted, results, strict=True):
             if isinstance(result, SluiceError):
-                self.log(f"{name}: {result}")
+                self.log(f"{name}: {str(result).removeprefix(name + ': ')}")
             elif isinstance(result, BaseException):
                 raise result
 

@@ -8,7 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,11 +57,19 @@ async def serve(paths: Paths, system_file: Path) -> int:
     """Run one system until it is stopped; returns the exit status."""
     with prepared(paths, system_file) as adminvm:
         await adminvm.start()
-        count = len(adminvm.running())
-        total = len(adminvm.registry) - 1
-        print(f"{READY} {count} of {total} domains run", file=sys.stderr, flush=True)
+        print(ready_line(adminvm.registry, adminvm.running()), file=sys.stderr, flush=True)
         await adminvm.run_until_stopped()
     return 0
+
+
+def ready_line(registry: Registry, running: Collection[str]) -> str:
+    """Say how many domains run, and what to do where some that should do not."""
+    line = f"{READY} {len(running)} of {len(registry) - 1} domains run"
+    failed = [domain.name for domain in registry if domain.autostart and domain.name not in running]
+    if failed:
+        line += f"; not started, see above: {' '.join(failed)}"
+        line += " (`sluice doctor` says what this machine can do)"
+    return line
 
 
 @contextlib.contextmanager

@@ -80,6 +80,13 @@ ROOT_CAPABILITIES = (
 
 
 SETPRIV = "/usr/bin/setpriv"
+# What a sandbox is made with, and the packages of Debian that have it.
+PROGRAMS = {
+    "bwrap": "bubblewrap",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    SETPRIV: "util-linux",
+}
 
 # With the feature sandbox.allow-userns.
 FURTHER_NAMESPACES = 64
@@ -210,9 +217,9 @@ class Bubblewrap:
 
         ``single`` asks for one user id for all domains although there may be more.
         """
-        for program in ("bwrap", "unshare", "nsenter", SETPRIV):
+        for program, package in PROGRAMS.items():
             if shutil.which(program) is None:
-                raise LocalError(f"{program} is not installed")
+                raise LocalError(f"{program} is not installed (Debian: {package})")
         self._paths = paths
         self.ids = detect(uid_base, single=single) if ids is None else ids
         closed = mounts.closed_to_others()
