@@ -110,6 +110,9 @@ MISTAKES = {
     "a misspelt word of a chain": (
         "[chains.x]\nfilters = []\non_closed_reader = 'abrt'\n", 3, "on_closed_reader",
         "'abort'?"),
+    "a number as text": (
+        "[chains.x]\nfilters = [{ use = 'count', interval = 1, limit = '1' }]\n", 2, "[0].limit",
+        "a whole number"),
     "memory for nothing": ("[proxy]\nmax_memory = 0\n", 2, "proxy.max_memory", "from 1M"),
     "a patience of nothing": ("[proxy]\nfar_timeout = 0\n", 2, "proxy.far_timeout", "100ms"),
     "rotated for each record": ("[proxy]\naudit_max = 1\n", 2, "proxy.audit_max", "from 64k"),

@@ -83,6 +83,17 @@ WRONG = {
         ("def data(self, direction, chunk)", "def data(self, chunk)"), "def data",
         "(self, direction, chunk)"),
     "misspelt inspects": (("inspects =", "inspect ="), "class Upper", "did you mean 'inspects'"),
+    "event that is a coroutine": (("def data(", "async def data("), "def data", "no coroutine"),
+    "directions that are words": (("(SRC2DST,)", '("src2dst",)'), "class Upper", "(SRC2DST,)"),
+    "one direction, bare": (("(SRC2DST,)", "SRC2DST"), "class Upper", "(SRC2DST,)"),
+    "directions that are none": (("(SRC2DST,)", "3"), "class Upper", "(SRC2DST,)"),
+    "directions by self": (
+        ("    inspects = (SRC2DST,)", "    def inspects(self): ..."), "class Upper",
+        "@staticmethod"),
+    "a constructor of nothing": (
+        ("__init__(self, options, link)", "__init__(self, options)"), "def __init__",
+        "(self, options, link)"),
+    "no constructor": (("__init__(", "_init("), "class Upper", "(self, options, link)"),
     "no options": (("class Options", "class Option"), "class Upper", "did you mean 'Options'"),
     "no name": (('name = "upper"', ""), "class Upper", "needs a name"),
     "odd name": (('"upper"', '"Up per"'), "class Upper", "lower-case"),
@@ -129,6 +140,19 @@ def test_a_filter_that_fails_to_judge_its_options_is_named(tmp_path: Path, event
         load(configured(tmp_path))
     assert "proxy.toml:6: chains.x.filters[0].use: filter 'upper': " in str(caught.value)
     assert "AttributeError: " in str(caught.value) and f" at {path}:{line}" in str(caught.value)
+
+
+@pytest.mark.spec("PROXY-049")
+def test_directions_that_depend_on_the_options_are_directions_too(tmp_path: Path) -> None:
+    inspects = "    @staticmethod\n    def inspects(options):\n        return {}\n"
+    for answer, good in (("(SRC2DST,)", True), ("('src2dst',)", False), ("SRC2DST", False)):
+        text = GOOD.replace("    inspects = (SRC2DST,)\n", inspects.format(answer))
+        written(tmp_path, text)
+        if good:
+            assert load(configured(tmp_path)).chain("x").uses[0].inspected() == (0,)
+            continue
+        with pytest.raises(ConfigError, match=r"filter 'upper': .*\(SRC2DST,\)"):
+            load(configured(tmp_path))
 
 
 def test_a_data_event_is_needed_where_bytes_are_inspected(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from sluice.errors import ConfigError
 from sluice.proxy.chain import EVENTS
 from sluice.proxy.schema import fields_of, suggest
+from sluice.proxy.stage import directions
 
 GROUP = "sluice.filters"
 # name -> "module:class" below sluice.proxy.filters.
@@ -239,15 +240,38 @@ def _attribute_problem(cls: type[Any]) -> tuple[str, str | None, int | None] | N
     if "Options" not in public or not inspect.isclass(public["Options"]):
         return f"filter '{name}' has no class Options", "an empty one will do", None
     inspects = public["inspects"]
-    looks = isinstance(inspects, staticmethod) or len(tuple(inspects)) > 0
+    if inspect.isfunction(inspects):
+        return "'inspects' that looks at the options is a @staticmethod of (options)", None, None
+    try:
+        looks = isinstance(inspects, staticmethod) or len(directions(inspects)) > 0
+    except TypeError as error:
+        return f"filter '{name}': {error}", None, None
     if looks and "data" not in public:
         return f"filter '{name}' inspects a direction but has no event 'data'", None, None
-    return None
+    return _constructor_problem(cls)
+
+
+def _constructor_problem(cls: type[Any]) -> tuple[str, str | None, int | None] | None:
+    constructor: Any = cls.__init__
+    try:
+        inspect.signature(constructor).bind(None, None, None)
+        good = constructor is not object.__init__
+    except TypeError:
+        good = False
+    if good:
+        return None
+    return (
+        f"the constructor of '{cls.name}' must take (self, options, link)",
+        None,
+        _line(constructor),
+    )
 
 
 def _event_problem(event: str, value: Any) -> str | None:
     if not inspect.isfunction(value):
         return f"event '{event}' is no method"
+    if inspect.iscoroutinefunction(value) or inspect.isgeneratorfunction(value):
+        return f"event '{event}' must answer at once: a plain method, no coroutine or generator"
     parameters = list(inspect.signature(value).parameters)[1:]
     expected = EVENT_PARAMETERS[event]
     if len(parameters) != len(expected):

@@ -128,7 +128,7 @@ def convert(field: Field, value: Any) -> Any:
             text, _, place = text.partition(" - at `$")
             place = place.rstrip("`")
         hint = f"it takes {show_type(field.type)}"
-        known = [str(choice) for choice in _choices(field.type)]
+        known = [choice for choice in _choices(field.type) if isinstance(choice, str)]
         if known and isinstance(value, str):
             near = suggest(value, known) or hint
             whole = typing.get_origin(field.type) is Literal or near.startswith("did you")

@@ -89,7 +89,17 @@ class FilterUse:
         inspects = self.cls.inspects
         if callable(inspects):
             inspects = inspects(self.options)
+        return directions(inspects)
+
+
+def directions(inspects: Any) -> tuple[Direction, ...]:
+    """Return what a filter says that it inspects. Raises TypeError where that is no direction.
+
+    A word in the place of a direction would mean that the filter is never asked.
+    """
+    if isinstance(inspects, (tuple, list)) and all(isinstance(d, Direction) for d in inspects):
         return tuple(inspects)
+    raise TypeError("inspects must be (), (SRC2DST,), (DST2SRC,) or (SRC2DST, DST2SRC)")
 
 
 class Stage:
