@@ -27,12 +27,14 @@ SYSTEM = f"""
 "{RPC}/test.Greet+de" = "test.Greet+de"
 "{RPC}/test.Garbage" = "garbage"
 "{RPC}/test.Windows" = "windows"
+"{RPC}/test.Told" = "told"
 "{RPC}/test.OneSocket" = "one-socket"
 "/usr/local/bin/ask-server" = "ask-server"
 "/usr/local/etc/qubes/rpc-config/example.Ask" = "example.Ask"
 """
 FILES = {
     "garbage": "\x01garbage\n",
+    "told": '#!/bin/sh\necho "$QREXEC_SERVICE_FULL_NAME ${QREXEC_SERVICE_ARGUMENT-unset}"\n',
     "one-socket": (
         '#!/bin/sh\nread -r line\nkill -USR1 "$QREXEC_AGENT_PID" || exit\n'
         'echo "$line over stdin" >&0\nexec >&-\n'
@@ -70,6 +72,13 @@ def test_the_first_services(inside: Machine) -> None:
     assert run(inside, "vault", "mkdir -p ~/shared && echo text >~/shared/notes")[0] == 0
     assert call(inside, "test.File+notes") == (0, "text\n")
     assert call(inside, "test.File+..")[0] == 2
+
+
+def test_a_call_that_policy_allowed_has_a_plus(inside: Machine) -> None:
+    """As the page says of arguments; dom0's own client passes on what it was given."""
+    assert call(inside, "test.Told") == call(inside, "test.Told+") == (0, "test.Told+ \n")
+    assert call(inside, "test.Told+a") == (0, "test.Told+a a\n")
+    assert inside.shell("QUBESRPC test.Told dom0", "vault").stdout == b"test.Told unset\n"
 
 
 @pytest.mark.spec("WIRE-134", "WIRE-164", "WIRE-165")
