@@ -31,7 +31,7 @@ from sluice.wire.names import Trigger
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / "src/sluice/bin"
-DEADLINE = 10.0
+DEADLINE = 30.0
 
 EXEC_CMDLINE = 0x200
 JUST_EXEC = 0x201

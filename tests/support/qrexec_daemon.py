@@ -149,7 +149,7 @@ class DaemonHarness:
     def ended(self) -> int:
         """Wait for its end; returns the exit status."""
         assert self.process is not None
-        return self.process.wait(3 * DEADLINE)
+        return self.process.wait(DEADLINE)
 
     def alive(self) -> bool:
         """Tell whether it still serves."""
