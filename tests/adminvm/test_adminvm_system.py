@@ -569,6 +569,32 @@ def test_what_calls_warn_of_goes_to_the_rotated_log() -> None:
     play(scene, judge)
 
 
+def test_what_loading_the_policy_warns_of_is_logged_at_each_load() -> None:
+    def judge(directory: Path) -> PolicyStore:
+        policy = directory / "policy"
+        (directory / "legacy").mkdir()
+        policy.mkdir()
+        (policy / "35-compat.policy").write_text("\n!compat-4.0\n")
+        return PolicyStore([policy], legacy_directory=directory / "legacy", quiet=0.0)
+
+    async def scene(world: World) -> None:
+        a = await world.start("a")
+
+        async def warned() -> list[str]:
+            a.send(trigger4(b"b", b"s", b"I"))
+            assert (await a.receive())[0] == SERVICE_REFUSED
+            lines = [json.loads(line) for line in world.system.paths.domain_log_file.open()]
+            return [line["line"] for line in lines if "deprecated" in line["line"]]
+
+        (first,) = await warned()
+        assert first.endswith("policy/35-compat.policy:2: !compat-4.0 is deprecated")
+        assert await warned() == [first]
+        (world.directory / "policy/35-compat.policy").write_text("!compat-4.0\n")
+        assert len(await warned()) == 2
+
+    play(scene, judge)
+
+
 # --- policy files -------------------------------------------------------------------------------
 
 

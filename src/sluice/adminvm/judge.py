@@ -13,6 +13,7 @@ from typing import Protocol
 from sluice.adminvm.decision import Decision
 from sluice.domains.registry import Registry
 from sluice.errors import LocatedError, SluiceError
+from sluice.policy.evaluation import Policy
 from sluice.policy.files import PolicyStore
 from sluice.policy.limits import CallLimits
 from sluice.policy.resolution import Allow, Ask, Deny, Resolution
@@ -55,6 +56,7 @@ class PolicyJudge:
         self._registry = registry
         self._log = log or (lambda text: None)
         self._limits = CallLimits()
+        self._loaded: Policy | None = None
         self._snapshot: tuple[frozenset[str], SystemInfo] | None = None
 
     def registry_changed(self) -> None:
@@ -70,6 +72,10 @@ class PolicyJudge:
         """Decide by the first matching rule; deny where none matches or anything fails."""
         try:
             policy = await self._store.current_async()
+            if policy is not self._loaded:
+                self._loaded = policy
+                for warning in policy.warnings:  # once a load (policy.md 7)
+                    self._log(warning)
             info = self._info(running)
             request = Request.of(trigger.service, source, trigger.target, trigger.source or None)
             return self._rule(policy.evaluate(request, info), info)
