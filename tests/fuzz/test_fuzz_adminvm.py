@@ -274,6 +274,8 @@ async def scenario(seed: int, directory: Path) -> None:
             await it.act()
         await it.finish()
     assert len(system.dispatcher.numbers) == 0
+    assert system._audit is not None
+    assert not system._audit._journal._begun  # each call that began has its record
     await until(lambda: streams() <= before, "all pipes and sockets to be closed")
     assert not wrong, wrong
     lines = (directory / "state/log/audit.jsonl").read_text().splitlines()

@@ -93,9 +93,9 @@ class Daemon:
         of SIGTERM while there was no agent.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGTERM, self._stop, signal.SIGTERM)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGINT, self._stop, signal.SIGINT)
         restarts = TokenBucket(RESTARTS, RESTARTS_BURST, loop.time)
         self._folded = FoldedLog(loop, self.log)
         self._handler = CallHandler(self.options, self.ports, self._folded)
