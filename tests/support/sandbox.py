@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pwd
 import shlex
@@ -47,6 +48,9 @@ def attempt(function, *arguments, **more):
         return errno.errorcode.get(error.errno, str(error))
     return 'THROUGH'
 """
+
+
+_made = itertools.count()
 
 
 class Machine:
@@ -219,7 +223,7 @@ def some_user(mode: str) -> Iterator[str | None]:
         pytest.skip("newuidmap is not installed")
     if not reachable_by_others():
         pytest.skip("an ordinary user cannot reach this checkout")
-    name = f"slt{mode[:2]}{os.getpid()}"
+    name = f"slt{mode[:2]}{os.getpid()}x{next(_made)}"  # a test may have a second system
     done = of_the_user_database("useradd", "-M", "-s", "/bin/sh", name)
     if done.returncode != 0:
         pytest.skip(f"no user can be made: {done.stderr.decode()}")
