@@ -28,6 +28,7 @@ from sluice.callstream import (
     DomainCall,
 )
 from sluice.errors import LocalError, ResourceError
+from sluice.wire.messages import EXIT_FAILURE, EXIT_NOT_FOUND
 
 __all__ = [
     "Call",
@@ -43,6 +44,11 @@ __all__ = [
 # How many bytes one ``call`` may bring back by default.
 MAX_OUTPUT = 64 << 20
 AGENT_VARIABLE = "SLUICE_AGENT_SOCKET"
+# Statuses of a service that never ran.
+STARTS = {
+    EXIT_NOT_FOUND: ": the target has no such service",
+    EXIT_FAILURE: ": it could not be started",
+}
 
 
 @asynccontextmanager
@@ -130,8 +136,14 @@ async def call(
             await asyncio.gather(sending, return_exceptions=True)
         result = CallResult(b"".join(pieces), opened.errors, status)
     if check and status:
-        raise CallFailed(f"{service} of {target} ended with status {status}", result)
+        raise CallFailed(f"{service} of {target} ended with status {_meaning(result)}", result)
     return result
+
+
+def _meaning(result: CallResult) -> str:
+    """Show a status, and what it means where the service had no part in it."""
+    reason = STARTS.get(result.status, "") if not (result.output or result.errors) else ""
+    return f"{result.status}{reason}"
 
 
 async def _send_all(opened: Call, data: bytes | memoryview) -> None:

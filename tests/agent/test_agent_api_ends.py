@@ -163,3 +163,25 @@ def test_a_call_that_is_left_early_takes_and_gives_nothing(place: Place) -> None
 
     soon(main())
     service.check()
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "text"),
+    [
+        (127, b"", "s of vault ended with status 127: the target has no such service"),
+        (125, b"", "s of vault ended with status 125: it could not be started"),
+        (127, b"spoken", "s of vault ended with status 127"),
+        (3, b"", "s of vault ended with status 3"),
+    ],
+)
+def test_a_failed_start_is_told(place: Place, status: int, word: bytes, text: str) -> None:
+    def play(wire: Wire) -> None:
+        if word:
+            wire.message(STDOUT, word)
+        finish(wire, status)
+
+    service = Service(place, play)
+    with pytest.raises(sluice.CallFailed) as caught:
+        asyncio.run(sluice.call("vault", "s", agent_socket=str(place.agent_socket)))
+    service.check()
+    assert str(caught.value) == text and caught.value.status == status
