@@ -457,6 +457,24 @@ def test_what_can() -> None:
     }  # fmt: skip
 
 
+def test_what_can_counts_proxies_and_relays() -> None:
+    """What passes the bytes of a call is reached by it; the path names whom it goes through."""
+    policy = parse_text(
+        HEAD + "t.V * work vault allow via=sys-usb+c,@dispvm:dvm-web+d\nt.U * sys-usb mail allow\n"
+        "t.D * @type:DispVM tmpl allow\nfar.S * work rem1 allow\nt.R * relay odd allow\n"
+    )
+    world = World(FIXTURE, [policy])
+    steps = {step.domain: step for step in what_can(world, policy, "work")}
+    assert {name: step.depth for name, step in steps.items()} == {
+        "vault": 1, "sys-usb": 1, "@dispvm:dvm-web": 1, "rem1": 1, "relay": 1,
+        "mail": 2, "tmpl": 2, "odd": 2,
+    }  # fmt: skip
+    through = {name: [way.source for way in step.path] for name, step in steps.items()}
+    assert through["mail"] == ["work", "sys-usb"]
+    assert through["odd"] == ["work", "relay"]
+    assert through["tmpl"] == ["work", "disposable of dvm-web"]
+
+
 def differ(old: str, new: str) -> list[tuple[tuple[str, ...], str, str, set[tuple[str, str]]]]:
     """Return the groups of a difference."""
     policies = [parse_text(old), parse_text(new)]

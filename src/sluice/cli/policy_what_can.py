@@ -38,15 +38,15 @@ def command(source: str, direct: bool, no_ask: bool, as_json: bool, place: Place
     if as_json:
         click.echo(json.dumps([_to_json(step) for step in steps], indent=2))
     else:
-        _print(source, steps)
+        _print(steps)
     sys.exit(0 if steps else 1)
 
 
-def _print(source: str, steps: list[Step]) -> None:
+def _print(steps: list[Step]) -> None:
     # Domains that are reached in the same way are shown together.
     alike: dict[tuple[int, str, tuple[str, ...]], list[str]] = {}
     for step in steps:
-        path = " -> ".join([source, *(way.relay or way.target for way in step.path[:-1])])
+        path = " -> ".join(way.source for way in step.path)
         alike.setdefault((step.depth, path, tuple(_services(step.ways))), []).append(step.domain)
     depth = 0
     for (number, path, lines), domains in alike.items():

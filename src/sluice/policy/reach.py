@@ -236,6 +236,7 @@ class Step(NamedTuple):
     depth: int
     """1 for what is reached directly."""
     path: tuple[Reach, ...]
+    """A way of each domain that one goes through: their sources name these."""
     ways: tuple[Reach, ...]
     """Every way from the domain before it on the path."""
 
@@ -248,7 +249,8 @@ def what_can(
     ``source`` is a name, ``uuid:...`` or, for a new disposable, ``@dispvm:NAME``.
 
     "Through" supposes that a domain that is reached does whatever its caller wants: the worst case,
-    which is what one asks this question for. A disposable that is reached calls as one.
+    which is what one asks this question for. A disposable that is reached calls as one. Relays and
+    the proxies of ``via=`` are reached by the calls that they carry.
     """
     start = source if source in world.sources else node_of(world.info.to_name(source) or source)
     paths: dict[str, tuple[Reach, ...]] = {start: ()}
@@ -283,6 +285,9 @@ def _direct_ways(world: World, policy: Policy, source: str, ask: bool) -> dict[s
         found.setdefault(way.target, []).append(way)
         if way.relay is not None:
             found.setdefault(way.relay, []).append(way)
+        for hop in way.rule.action.via:
+            if hop.proxy in world.info or node_of(hop.proxy) in world.info:
+                found.setdefault(hop.proxy, []).append(way)
     return found
 
 
