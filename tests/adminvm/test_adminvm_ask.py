@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 import time
@@ -35,6 +36,27 @@ def test_a_daemon_that_accepts_nobody(crowded: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(LocalError, match="accepts no connection"):
         ask.DaemonConnection(crowded, "work")
     assert time.monotonic() - began >= 0.15
+
+
+def test_a_signal_does_not_end_the_waiting(crowded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a shell, where a job is stopped and continued."""
+    monkeypatch.setattr(ask, "PATIENCE", 0.5)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    main = threading.get_ident()
+    timers = [
+        threading.Timer(at / 10, signal.pthread_kill, (main, signal.SIGUSR1)) for at in (1, 2, 3)
+    ]
+    began = time.monotonic()
+    try:
+        for timer in timers:
+            timer.start()
+        with pytest.raises(LocalError, match="accepts no connection"):
+            ask.DaemonConnection(crowded, "work")
+        assert time.monotonic() - began >= 0.4
+    finally:
+        for timer in timers:
+            timer.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_qubesd_is_waited_for(crowded: str, monkeypatch: pytest.MonkeyPatch) -> None:

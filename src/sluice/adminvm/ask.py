@@ -45,11 +45,10 @@ def connect_blocking(path: str, seconds: float) -> _socket.socket:
     if len(os.fsencode(path)) > MAX_PATH:
         raise LocalError(f"the path of a socket is longer than {MAX_PATH} bytes: {path}")
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    # What bounds a blocking connect(); one that does not block would fail at once (EAGAIN).
-    limit = struct.pack("ll", *divmod(int(seconds * 1_000_000), 1_000_000))
-    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
+    end = time.monotonic() + seconds
     try:
-        sock.connect(os.fsencode(path))
+        while not _connected(sock, path, end):
+            pass
     except OSError as error:
         sock.close()
         if error.errno == errno.EAGAIN:
@@ -57,6 +56,24 @@ def connect_blocking(path: str, seconds: float) -> _socket.socket:
         kind = NotRunning if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else LocalError
         raise kind(f"{path}: {error.strerror}") from error
     return sock
+
+
+def _connected(sock: _socket.socket, path: str, end: float) -> bool:
+    """Try to connect until ``end``; False where that was interrupted. Raises OSError."""
+    # What bounds a blocking connect(); one that does not block would fail at once (EAGAIN). Nought
+    # would be no bound.
+    left = max(int((end - time.monotonic()) * 1_000_000), 1000)
+    limit = struct.pack("ll", *divmod(left, 1_000_000))
+    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
+    try:
+        sock.connect(os.fsencode(path))
+        # Who was stopped and continued meanwhile, or heard a signal, is told that it is connected.
+        sock.getpeername()
+    except OSError as error:
+        if error.errno in (errno.EINTR, errno.ENOTCONN):
+            return False
+        raise
+    return True
 
 
 class DaemonConnection:
