@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tests.support.system import make_system
 
 from sluice.cli.up import only_one, ready_line
 from sluice.domains.model import DomainConfig
@@ -60,3 +61,14 @@ def test_domains_that_did_not_start_are_told(autostart: bool, running: int, told
     line = ready_line(Registry(domains), names)
     assert line.startswith(f"ready: {running} of 2 domains run")
     assert ("`sluice doctor`" in line) is told
+
+
+def test_a_policy_that_cannot_be_read_is_told_at_the_start() -> None:
+    with make_system("[domains.a]\n", "test.A * a @adminvm allow\ngarbage\n", {}) as system:
+        place = system.root / "config/policy.d/30-test.policy"
+        with system.up() as running:
+            assert f"{place}:2: wrong number of fields" in running.said.decode()
+            assert "every call is refused" in running.said.decode()
+        place.write_text("test.A * a @adminvm allow\n")
+        with system.up() as running:
+            assert b"policy" not in running.said

@@ -68,6 +68,14 @@ class PolicyJudge:
             self._snapshot = (running, self._registry.system_info(running))
         return self._snapshot[1]
 
+    async def trouble(self) -> str:
+        """Return what is wrong with the policy, with its place; empty where it can be used."""
+        try:
+            await self._store.current_async()
+        except SluiceError as error:
+            return str(error)
+        return ""
+
     async def decide(self, source: str, trigger: Trigger, running: frozenset[str]) -> Ruling:
         """Decide by the first matching rule; deny where none matches or anything fails."""
         try:

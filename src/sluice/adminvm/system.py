@@ -117,14 +117,25 @@ class AdminVM:
                 self.log(failure)
         self._api = ApiServer(self, str(self.paths.control_socket), self._tasks)
         wanted = [domain.name for domain in self.registry if domain.autostart]
-        results = await asyncio.gather(
-            *(self.start_domain(name) for name in wanted), return_exceptions=True
+        policy, *results = await asyncio.gather(
+            self._look_at_policy(),
+            *(self.start_domain(name) for name in wanted),
+            return_exceptions=True,
         )
+        if isinstance(policy, BaseException):
+            raise policy
         for name, result in zip(wanted, results, strict=True):
             if isinstance(result, SluiceError):
                 self.log(f"{name}: {str(result).removeprefix(name + ': ')}")
             elif isinstance(result, BaseException):
                 raise result
+
+    async def _look_at_policy(self) -> None:
+        """Read the policy before the first call has to wait for it, and say what is wrong."""
+        if isinstance(self._judge, PolicyJudge):
+            trouble = await self._judge.trouble()
+            if trouble:
+                self.log(f"policy: {trouble} (every call is refused until that is mended)")
 
     async def run_until_stopped(self) -> None:
         """Wait for ``request_stop``, SIGTERM or SIGINT, then stop."""
