@@ -7,6 +7,7 @@ is the system's (made by systemd or root) or belongs to the user himself.
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import struct
 
@@ -87,13 +88,27 @@ def connect(path: str, kind: int, timeout: float) -> _socket.socket:
     try:
         # Not settimeout: that makes connect fail at once where the queue is full for a moment.
         set_timeout(sock, timeout)
-        sock.connect(path)
+        while not _connected(sock, path):
+            pass
         if not is_trusted_peer(sock):
             raise PermissionError(1, "another user listens there")
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _connected(sock: _socket.socket, path: str) -> bool:
+    """Try to connect; False where that was interrupted. Raises OSError."""
+    try:
+        sock.connect(path)
+        # Who was stopped and continued meanwhile, or heard a signal, is told that it is connected.
+        sock.getpeername()
+    except OSError as error:
+        if error.errno in (errno.EINTR, errno.ENOTCONN):
+            return False
+        raise
+    return True
 
 
 def set_timeout(sock: _socket.socket, seconds: float) -> None:
