@@ -42,7 +42,7 @@ exec "/srv/${2%%+*}"
 # The resident form: a server, a call by the launcher, the server's end.
 RESIDENT = """
 sluice proxy serve & server=$!
-for try in $(seq 200); do [ -S /run/sluice-proxy/launcher.sock ] && break; sleep 0.05; done
+for try in $(seq 1200); do [ -S /run/sluice-proxy/launcher.sock ] && break; sleep 0.05; done
 export QREXEC_REMOTE_DOMAIN=work
 printf 'one way' | LAUNCHER one-way+vault+inbox.Put
 echo $?
@@ -151,7 +151,7 @@ class BareDebian:
         return subprocess.run(
             ["bwrap", "--unshare-all", "--uid", "0", "--gid", "0", "--die-with-parent",
              "--new-session", *options, "--", *command],
-            input=data, capture_output=True, timeout=60, check=False,
+            input=data, capture_output=True, timeout=200, check=False,
         )  # fmt: skip
 
     def check(self, *command: str, data: bytes = b"") -> bytes:
