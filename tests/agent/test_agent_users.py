@@ -209,6 +209,8 @@ def test_what_runs_in_a_pam_session(pam_place: Path) -> None:
 @pytest.fixture
 def pam_agent(place: Place) -> AgentUnderTest:
     """An agent on a machine that has a PAM service for it: in mounts of its own."""
+    if not os.path.isdir("/etc/pam.d"):
+        pytest.skip("no PAM here")
     directory = place.path / "pam.d"
     shutil.copytree("/etc/pam.d", directory)
     (place.path / "env.conf").write_text("FROM_PAM DEFAULT=yes\n")

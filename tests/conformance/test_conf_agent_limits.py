@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.conformance.test_conf_agent_forkserver import ForkServer
 from tests.support.agent import (
+    DEADLINE,
     EXEC,
     JUST,
     SELF,
@@ -64,11 +67,14 @@ def test_what_starts_without_streams_has_the_old_limit_too(place: Place) -> None
 
 
 def test_the_agents_own_limit_is_raised_within_the_hard_one(place: Place) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for hard, ours in ((300, 300), (16384, 16384), (19000, 16384)):
+        if os.geteuid() != 0 and most != resource.RLIM_INFINITY and hard > most:
+            continue
         agent = AgentUnderTest(place, "-S", prefix=limited(64, hard))
         assert open_files(agent.process.pid) == (ours, hard)
         agent.process.terminate()
-        assert agent.process.wait() == 0
+        assert agent.process.wait(DEADLINE) == 0
 
 
 def open_files(pid: int) -> tuple[int, int]:
