@@ -226,6 +226,30 @@ def test_the_stand_in_keeps_bounds(bounds: dict[str, int], value: int) -> None:
     assert outcome(PLAIN, value, Annotated[int, PLAIN.Meta(**bounds)]) == real
 
 
+STRUCTS = """
+class Base(Struct):
+    name: str
+
+class Options(Base):
+    most: int = 3
+    some: list[str] = []
+"""
+
+
+@pytest.mark.parametrize("before", ["", "from __future__ import annotations\n"])
+def test_the_stand_in_knows_the_fields_of_filters_that_people_wrote(before: str) -> None:
+    code = compile(before + STRUCTS, "filter.py", "exec", dont_inherit=True)
+    for module in (msgspec, PLAIN):
+        names: dict[str, Any] = {"Struct": module.Struct}
+        exec(code, names)
+        found = {field.name: field.type for field in module.structs.fields(names["Options"])}
+        assert list(found) == ["name", "most", "some"]
+        # What they mean as text, `schema` finds out.
+        assert before or list(found.values()) == [str, int, list[str]]
+        made = names["Options"]("x", some=["y"])
+        assert (made.name, made.most, made.some) == ("x", 3, ["y"])
+
+
 def test_the_stand_in_has_structs_with_fields_and_defaults() -> None:
     for module in (msgspec, PLAIN):
         made = type(

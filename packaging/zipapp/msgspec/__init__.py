@@ -75,7 +75,8 @@ class Struct:
     def __init_subclass__(cls, frozen: bool = False, **options: Any) -> None:
         """Collect the fields; of the options only ``frozen`` has an effect here."""
         super().__init_subclass__()
-        names = [name for name in vars(cls).get("__annotations__", {}) if name[:2] != "__"]
+        # As an attribute: since Python 3.14 it is in no dictionary before somebody asks for it.
+        names = [name for name in cls.__annotations__ if name[:2] != "__"]
         cls._defaults = dict(cls._defaults)
         for name in names:
             if name in vars(cls):

@@ -13,7 +13,7 @@ def fields(declared: Any) -> tuple[FieldInfo, ...]:
     assert issubclass(cls, Struct)
     kinds: dict[str, Any] = {}
     for base in cls.__mro__[::-1]:
-        kinds.update(vars(base).get("__annotations__", {}))
+        kinds.update(getattr(base, "__annotations__", {}))
     found = []
     for name in cls.__struct_fields__:
         default = cls._defaults.get(name, NODEFAULT)
