@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from tests.support.adminvm import (
     EXEC_CMDLINE,
+    HELLO,
     SERVICE_CONNECT,
     SERVICE_REFUSED,
     TERMINATED,
     Wire,
     exec_body,
+    hello,
     message,
     trigger4,
     wait_until,
@@ -28,6 +30,7 @@ from tests.support.qrexec_daemon import (
     allow,
     answer,
     harness,
+    listener,
     qubesd_call,
     read_policy_request,
     serve_local,
@@ -65,28 +68,30 @@ def restart(daemon: DaemonHarness, agent: Wire) -> Wire:
 
 @pytest.mark.spec("WIRE-066", "WIRE-110")
 def test_what_dom0_runs_for_an_agent_is_bounded_by_what_runs(daemon: DaemonHarness) -> None:
-    """The agent reports the end of each call at once, so that its port is free, and leaves the
-    service waiting for a channel."""
-    daemon.service("test.Svc", "#!/bin/sh\nexec sleep 100\n")
+    """The agent reports the end of each call at once, so that its port is free, and goes on."""
+    daemon.service("test.Svc", "#!/bin/sh\nexec cat\n")
     agent = daemon.start()
     policy = daemon.policy()
-    refused = 0
-    for _ in range(280):
+    callers = []
+    with listener(daemon.vchan / "vchan.42.0.513.sock") as channel:
+        for _ in range(256):
+            agent.send(trigger4())
+            answer(policy, allow(target="dom0"))
+            assert agent.expect(SERVICE_CONNECT)[:8] == exec_body(0, 513)
+            callers.append(daemon.keep(accept(channel)))
+            callers[-1].send(hello(4))
+            callers[-1].expect(HELLO)
+            agent.send(message(TERMINATED, exec_body(0, 513)))
         agent.send(trigger4())
         answer(policy, allow(target="dom0"))
-        kind, body = agent.receive()
-        if kind == SERVICE_REFUSED:
-            refused += 1
-            continue
-        domain, port = struct.unpack_from("<II", body)
-        agent.send(message(TERMINATED, exec_body(domain, port)))
-        assert len(children(daemon)) <= 256
-    assert refused
-    # Each ends when its channel does not come, and then there is room again.
-    wait_until(lambda: not children(daemon), "the end of the services", 60)
-    agent.send(trigger4())
-    answer(policy, allow(target="dom0"))
-    agent.expect(SERVICE_CONNECT)
+        agent.expect(SERVICE_REFUSED)
+        assert len(children(daemon)) == 256
+        # The end of one makes room for another.
+        callers[7].close()
+        wait_until(lambda: len(children(daemon)) == 255, "the end of a service")
+        agent.send(trigger4())
+        answer(policy, allow(target="dom0"))
+        agent.expect(SERVICE_CONNECT)
 
 
 @pytest.mark.spec("WIRE-117")
@@ -318,3 +323,20 @@ def test_the_disposables_of_a_domain_are_bounded(daemon: DaemonHarness) -> None:
     agent.send(trigger4())
     answer(policy, reply)
     asked_of_qubesd(b"disp1")
+
+
+@pytest.mark.spec("WIRE-111", "WIRE-116")
+def test_a_service_whose_caller_does_not_appear_is_ended(daemon: DaemonHarness) -> None:
+    """After five seconds (15); the caller was told to connect, so that it is not refused."""
+    daemon.service("test.Svc", "#!/bin/sh\nexec sleep 100\n")
+    agent = daemon.start()
+    policy = daemon.policy()
+    agent.send(trigger4())
+    answer(policy, allow(target="dom0"))
+    agent.expect(SERVICE_CONNECT)
+    wait_until(lambda: children(daemon), "the service")
+    began = time.monotonic()
+    wait_until(lambda: not children(daemon), "its end", 30)
+    assert time.monotonic() - began > 3
+    assert agent.silent()
+    assert daemon.alive()
