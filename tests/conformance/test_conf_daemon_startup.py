@@ -152,7 +152,7 @@ def find_daemon(daemon: DaemonHarness) -> int:
 @pytest.mark.spec("WIRE-028")
 def test_the_parent_leaves_when_the_sockets_exist(daemon: DaemonHarness) -> None:
     log = daemon.directory / "qrexec.src.log"
-    log.write_text("of an earlier run\n")
+    log.write_text("of an earlier run\n" * 100)
     daemon.listen()
     process = daemon.spawn(direct=False)
     assert daemon.control is not None
