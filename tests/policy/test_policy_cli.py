@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.support.policy import FIXTURE
 
+from sluice.cli import policy_lint
 from sluice.cli.init import lay
 from sluice.cli.main import main
 from sluice.cli.policy_qubes_lint import main as qubes_lint
@@ -218,6 +219,19 @@ def test_lint_says_what_it_could_not_check(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no domains are known" in result.stderr
+
+
+def test_lint_in_dom0_of_qubes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the services of dom0 are known, and those of no qube; elsewhere none are."""
+    (place / "rpc").mkdir()
+    monkeypatch.setattr(policy_lint, "_SERVICE_DIRECTORIES", (str(place / "rpc"),))
+    (place / "p/50-more.policy").write_text("my.Clock * work dom0 allow\n")
+    assert "is known" not in run(place, "lint").output
+    monkeypatch.setattr(policy_lint, "QUBESD", str(place / "rpc"))
+    found = [line for line in run(place, "lint").output.splitlines() if "is known" in line]
+    assert [line.rpartition(": ")[2] for line in found] == [
+        "no service my.Clock is known [unknown-service]"
+    ]
 
 
 def test_cases(place: Path) -> None:

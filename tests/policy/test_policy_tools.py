@@ -214,6 +214,16 @@ def test_lint_services() -> None:
     assert codes(rules) == set()
 
 
+def test_lint_where_only_the_services_of_dom0_are_known() -> None:
+    """Nothing is said of what other domains may offer."""
+    rules = (
+        "t.S * work dom0 allow\nmy.Own * work @adminvm allow\nmy.Own * work vault allow\n"
+        "my.Own * work @default allow target=dom0\nmy.Own * mail @default ask\n"
+    )
+    found = codes(rules, services={"t.S"}, everywhere=False)
+    assert found == {(2, "unknown-service"), (4, "unknown-service")}
+
+
 def test_lint_without_a_registry() -> None:
     """Nothing is said of names that nobody can check."""
     assert codes("t.S * ghost @tag:nobody allow target=gone", None) == set()

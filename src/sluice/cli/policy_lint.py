@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 
 import click
 
 from sluice.cli.common import places
-from sluice.cli.policy_common import Place, place_options, say, tell_policy_errors
+from sluice.cli.policy_common import QUBESD, Place, place_options, say, tell_policy_errors
 from sluice.errors import PolicyError
 from sluice.policy.evaluation import Policy
 from sluice.policy.findings import Finding, Severity, from_error
@@ -76,7 +77,8 @@ def _lint_set(place: Place, service_dirs: tuple[str, ...]) -> list[Finding]:
     if info is None:
         message = "no domains are known here, so their names were not checked (--system-info FILE)"
         say(f"sluice: {message}", err=True)
-    return found + lint(policy, info, _services(service_dirs, place))
+    known, everywhere = _services(service_dirs, place)
+    return found + lint(policy, info, known, everywhere=everywhere)
 
 
 def _not_read(directories: tuple[str, ...]) -> list[Finding]:
@@ -98,18 +100,25 @@ def _split(warning: str) -> tuple[str, int | None]:
     return file, int(line)
 
 
-def _services(given: tuple[str, ...], place: Place) -> set[str] | None:
-    """Return the names of services that exist: in directories, in the system; None: who knows."""
+def _services(given: tuple[str, ...], place: Place) -> tuple[set[str] | None, bool]:
+    """Return the names of services that exist, None where nobody knows, and whether these are all.
+
+    They are those of directories, of a system of Sluice, or of dom0 where this is Qubes' dom0.
+    """
     paths = places(place.root)
-    if not given and place.system_info is None and paths.system_file.exists():
+    if given:
+        return _names(given), True
+    if place.system_info is None and paths.system_file.exists():
         from sluice.domains.offered import services
 
-        return services(paths)
-    found: set[str] = set()
-    directories = given or tuple(d for d in _SERVICE_DIRECTORIES if os.path.isdir(d))
-    for directory in directories:
-        found.update(name.partition("+")[0] for name in os.listdir(directory))
-    return found if directories else None
+        return services(paths), True
+    if os.path.exists(QUBESD):
+        return _names(d for d in _SERVICE_DIRECTORIES if os.path.isdir(d)), False
+    return None, False
+
+
+def _names(directories: Iterable[str]) -> set[str]:
+    return {name.partition("+")[0] for each in directories for name in os.listdir(each)}
 
 
 def _lint_file(name: str, include_service: bool) -> list[Finding]:

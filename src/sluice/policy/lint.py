@@ -38,11 +38,16 @@ _OLD_WORDS = frozenset({"anyvm", "dispvm", "default", "adminvm"})
 
 
 def lint(
-    policy: Policy, info: SystemInfo | None = None, services: Iterable[str] | None = None
+    policy: Policy,
+    info: SystemInfo | None = None,
+    services: Iterable[str] | None = None,
+    *,
+    everywhere: bool = True,
 ) -> list[Finding]:
     """Return every finding about a policy, in the order of its rules.
 
-    ``services`` are names of services that exist somewhere; None where nobody knows.
+    ``services`` are names of services that exist: anywhere, or, unless ``everywhere``, in dom0;
+    None where nobody knows.
     """
     known = None if services is None else frozenset(services) | known_services()
     place = {id(rule): number for number, rule in enumerate(policy.rules)}
@@ -56,7 +61,7 @@ def lint(
             )
         findings += _words(rule)
         findings += _wildcards(rule)
-        findings += _services(rule, known, info)
+        findings += _services(rule, known, info, everywhere)
         if info is not None:
             findings += _names(rule, info)
             findings += _redirects(rule, info)
@@ -212,7 +217,7 @@ def _wildcards(rule: Rule) -> Iterator[Finding]:
 
 
 def _services(
-    rule: Rule, known: frozenset[str] | None, info: SystemInfo | None
+    rule: Rule, known: frozenset[str] | None, info: SystemInfo | None, everywhere: bool
 ) -> Iterator[Finding]:
     ordinary = known_services()
     if rule.service == WILDCARD or rule.service in ordinary:
@@ -220,15 +225,17 @@ def _services(
     alike = next((name for name in sorted(ordinary) if name.lower() == rule.service.lower()), None)
     if alike is not None:
         yield at(rule, "unknown-service", f"service {rule.service}: did you mean {alike}?")
-    elif known is not None and rule.service not in known and not _far(rule, info):
-        yield at(rule, "unknown-service", f"no service {rule.service} is known")
+    elif known is not None and rule.service not in known:
+        classes = _classes_of_ends(rule, info)
+        # What the domains of another machine offer is not known here.
+        if classes != {"RemoteVM"} if everywhere else classes == {"AdminVM"}:
+            yield at(rule, "unknown-service", f"no service {rule.service} is known")
 
 
-def _far(rule: Rule, info: SystemInfo | None) -> bool:
-    """Tell whether a rule leads to RemoteVMs alone, whose services nobody knows here."""
+def _classes_of_ends(rule: Rule, info: SystemInfo | None) -> set[str]:
+    """Return the classes of the domains that a rule may lead to by name."""
     parts = offered_parts(rule.target, rule.action)
-    classes = {domain.klass for domain in info or () if frozenset(domain.facets).issuperset(parts)}
-    return classes == {"RemoteVM"}
+    return {d.klass for d in info or () if frozenset(d.facets).issuperset(parts)}
 
 
 def _names(rule: Rule, info: SystemInfo) -> Iterator[Finding]:
