@@ -196,6 +196,22 @@ def test_a_disposable_must_have_a_name(daemon: DaemonHarness) -> None:
         qubesd.accept()
 
 
+@pytest.mark.spec("WIRE-107", "WIRE-117")
+def test_a_disposable_for_an_agent_that_is_gone_is_not_started(daemon: DaemonHarness) -> None:
+    qubesd = daemon.qubesd()
+    agent = daemon.start()
+    policy = daemon.policy()
+    agent.send(trigger4())
+    answer(policy, allow(target="@dispvm:dvm", autostart="True"))
+    conn = daemon.keep(accept(qubesd))
+    qubesd_call(conn)
+    agent = restart(daemon, agent)
+    conn.send(b"0\0disp1")
+    conn.close()
+    assert qubesd_call(daemon.keep(accept(qubesd))) == b"admin.vm.Kill+ dom0 name disp1\0"
+    assert agent.silent()
+
+
 @pytest.mark.alone
 @pytest.mark.spec("WIRE-107")
 def test_a_disposable_that_is_made_while_we_end_is_killed(daemon: DaemonHarness) -> None:
