@@ -11,6 +11,7 @@ import platform
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.support.sandbox import MODES, Machine, groups, hostile_machine, wait_
 from tests.support.system import descendants
 
 from sluice.adminvm.api import request
+from sluice.domains.sandbox.limits import label_of
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.xdist_group("sandbox")]
 
@@ -280,6 +282,60 @@ def test_another_system_beside_it(inside: Machine) -> None:
     if inside.mode == "ranges":
         members = [(group / "cgroup.procs").read_text().split() for group in groups(inside, "peer")]
         assert any(str(before["peer"]) in pids for pids in members)
+
+
+@pytest.mark.spec("CORE-173", "CORE-175")
+def test_a_start_that_was_cut_off(inside: Machine) -> None:
+    """Kills the AdminVM in the middle of starts; and leaves what bwrap leaves when it loses its parent
+    between two steps: a child that waits for ever. The next start ends it, and nobody else's."""
+    system = Machine(inside.mode, inside.root / "cut", inside.user, "[domains.a]\n[domains.b]\n")
+    system.root.mkdir()
+    system.environment["HOME"] = inside.environment["HOME"]
+    system.prepare("", {})
+    if inside.user is not None:
+        subprocess.run(["chown", "-R", inside.user, str(system.root)], check=True)
+    names = [f"bwrap:{label_of(root / 'state')}" for root in (system.root, inside.root)]
+    mine, theirs = (
+        subprocess.Popen(system.as_user(["bash", "-c", f"exec -a {name} sleep 1000"]))
+        for name in names
+    )
+    try:
+        system.up()
+        assert mine.wait(20) == -signal.SIGKILL
+        assert theirs.poll() is None
+        assert system.shell("echo alive", "a").stdout == b"alive\n"
+        system.down()
+    finally:
+        for process in (mine, theirs):
+            process.kill()
+            process.wait()
+    for moment in (0.2, 0.35, 0.5):
+        log = (system.root / "log").open("wb")
+        with log, subprocess.Popen(
+            system.sluice("up"), stdout=log, stderr=log, env=system.environment, cwd="/"
+        ) as process:  # fmt: skip
+            time.sleep(moment)  # a moment of the start, whichever it is on this machine
+            process.kill()
+    system.up()
+    try:
+        started = set(descendants(system.process.pid))
+        assert called(names[0]) <= started
+        assert system.shell("echo alive", "b").stdout == b"alive\n"
+    finally:
+        system.down()
+    assert called(names[0]) == set()
+
+
+def called(name: str) -> set[int]:
+    """Return the processes that were started under a name."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(name.encode()):
+                found.add(int(entry.name))
+        except OSError:
+            continue
+    return found
 
 
 def uid(pid: int) -> int:

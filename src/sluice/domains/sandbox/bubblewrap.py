@@ -44,10 +44,12 @@ from sluice.domains.sandbox.ids import (
     Slots,
     detect,
 )
+from sluice.domains.sandbox.leftovers import end_leftovers
 from sluice.domains.sandbox.limits import (
     MAX_DESCRIPTORS,
     DomainLimits,
     Wanted,
+    label_of,
     probe,
     remove_groups,
     sweep,
@@ -231,6 +233,8 @@ class Bubblewrap:
         self._slots = Slots()
         self._spaces: dict[tuple[str, int], Namespaces] = {}
         self._controllers = probe(paths.state)
+        self._name = f"bwrap:{label_of(paths.state)}"
+        end_leftovers(self._name)
         sweep(self._controllers)
 
     def privilege(self) -> str:
@@ -378,6 +382,7 @@ class Bubblewrap:
         held = DomainLimits(self._controllers, domain.name, wanted(domain))
         staged = stage.spawn(
             ["bwrap", "--args", str(arguments), "--", *_become_root(ids), *self.first_process],
+            name=self._name,
             descriptors=inherited,
         )
         for descriptor in (status_write, archive):

@@ -84,13 +84,18 @@ class Controllers:
         return list(dict.fromkeys(path for _, path in self.found.values()))
 
 
+def label_of(state: Path) -> str:
+    """Return the name by which what belongs to a system is known to the kernel."""
+    return "sluice-" + hashlib.sha256(os.fsencode(state)).hexdigest()[:12]
+
+
 def probe(state: Path, *, proc: Path = Path("/proc/self"), prepare: bool = True) -> Controllers:
     """Find the controllers that are ours to use for the system whose state is in ``state``.
 
     With ``prepare`` the system's own group is made; without it nothing is changed (doctor).
     """
     own = _own_groups(proc)
-    label = "sluice-" + hashlib.sha256(os.fsencode(state)).hexdigest()[:12]
+    label = label_of(state)
     found: dict[str, tuple[str, Path]] = {}
     for kind, controllers, mount in _mounts(proc):
         relative = own.get("" if kind == V2 else next(iter(controllers & own.keys()), "-"))

@@ -56,6 +56,7 @@ class Staged:
 def spawn(
     argv: Sequence[str],
     *,
+    name: str | None = None,
     descriptors: Sequence[int] = (),
     directory: str = "/",
     stdin: int = subprocess.DEVNULL,
@@ -64,13 +65,15 @@ def spawn(
 ) -> Staged:
     """Start a program of the host with nothing inherited but ``descriptors``.
 
+    ``name`` is what it finds as its own name, if that is not to be the program's.
     Its stderr is a pipe of ours. Raises ResourceError. Main thread only, where the program binds
     its life to ours.
     """
     console, console_write = os.pipe2(os.O_CLOEXEC)
     try:
         process = subprocess.Popen(
-            argv,
+            [name or argv[0], *argv[1:]],
+            executable=argv[0],
             env=environment,
             cwd=directory,
             stdin=stdin,
