@@ -705,14 +705,14 @@ _SLOW = '''
 import time
 
 from sluice.proxy.options import Duration
-from sluice.proxy.verdicts import Replace
+from sluice.proxy.verdicts import SRC2DST, Replace
 
 
 class Slow:
     """Takes its time."""
 
     name = "slow"
-    inspects = (0,)
+    inspects = (SRC2DST,)
     blocking = True
 
     class Options:

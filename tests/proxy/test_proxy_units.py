@@ -57,9 +57,13 @@ def test_the_service_is_hardened_and_has_time_to_drain() -> None:
         ("NoNewPrivileges", "yes"), ("ProtectSystem", "strict"), ("RestrictNamespaces", "yes"),
         ("CapabilityBoundingSet", ""), ("ProtectKernelModules", "yes"), ("LockPersonality", "yes"),
         ("IPAddressDeny", "any"), ("IPAddressAllow", "localhost"), ("PrivateTmp", "yes"),
-        ("SystemCallFilter", "@system-service"), ("DevicePolicy", "closed"), ("Type", "notify"),
+        ("DevicePolicy", "closed"), ("Type", "notify"),
     ):  # fmt: skip
         assert unit[key] == [value]
+    # And what outside programs confine themselves with, which only takes away.
+    ordinary, confining = unit["SystemCallFilter"]
+    assert ordinary == "@system-service"
+    assert all(name.startswith("landlock_") for name in confining.split())
     assert float(unit["TimeoutStopSec"][0]) > GRACE + 2
     assert unit["RuntimeDirectory"] == [sockets.SYSTEM_DIRECTORY.rpartition("/")[2]]
     assert unit["RuntimeDirectoryPreserve"] == ["yes"]
