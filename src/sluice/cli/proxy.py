@@ -27,11 +27,10 @@ def command() -> None:
 @told
 def serve(config: str | None, sockets: str | None) -> None:
     """Serve all calls in one process, for the launcher and for the raw socket."""
-    import asyncio
-
+    from sluice.flow.selector import run
     from sluice.proxy.server import serve as serve_until_told
 
-    asyncio.run(serve_until_told(config, directory=sockets))
+    run(serve_until_told(config, directory=sockets))
 
 
 @command.command(context_settings={"ignore_unknown_options": True})

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sluice.errors import ConfigError, SluiceError
+from sluice.flow import hangup
+from sluice.flow.selector import run
 from sluice.proxy.chain import Cause, FilterUse
 from sluice.proxy.far import ProgramEnd
 from sluice.proxy.flow import KILL_AFTER, Flow, Settings
@@ -55,7 +57,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
     threading.Thread(target=_guard, args=(REPORT,), daemon=True).start()
     try:
-        cause, filters = asyncio.run(Worker(job).run())
+        cause, filters = run(Worker(job).run())
     except Exception as error:
         cause, filters = Cause("filter-error", describe(error), exit_code=TROUBLE), []
         _log(str(cause))
@@ -121,10 +123,9 @@ class Worker:
         abort = self._start(loop, uses, far, ended)
         killed = Cause("killed", "ended by who started it")
         loop.add_signal_handler(signal.SIGTERM, abort, killed)
-        gone = _watch(loop, REPORT, lambda: abort(killed))
+        hangup.of(loop).add_hangup(REPORT, lambda: abort(killed))
         await over.wait()
-        loop.remove_reader(gone.fileno())
-        gone.close()
+        hangup.of(loop).remove_hangup(REPORT)
         assert self._cause is not None
         return self._cause, self._said()
 
@@ -231,16 +232,3 @@ def load_use(part: dict[str, Any]) -> FilterUse:
     use = FilterUse(cls, make_options(cls.Options, part["values"]), part["name"])
     use.values = part["values"]
     return use
-
-
-def _watch(loop: asyncio.AbstractEventLoop, fd: int, callback: Callable[[], None]) -> select.epoll:
-    """Call ``callback()`` when nobody reads the pipe ``fd`` any more."""
-    poll = select.epoll()
-    poll.register(fd, 0)
-
-    def fired() -> None:
-        loop.remove_reader(poll.fileno())
-        callback()
-
-    loop.add_reader(poll.fileno(), fired)
-    return poll
