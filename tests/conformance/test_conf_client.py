@@ -356,6 +356,7 @@ def test_a_daemon_that_fails(world: World) -> None:
         session = world.accept(daemon)
         session.send(first)
         session.sock.shutdown(socket.SHUT_WR)
+        assert session.at_end(5), first  # it does not answer
         process.communicate(timeout=DEADLINE)
         assert process.returncode == 125, first
 

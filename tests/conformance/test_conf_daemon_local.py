@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -89,6 +90,7 @@ BAD_REQUESTS = [
     message(EXEC_CMDLINE, exec_body(0, 0, b"user:x")),
     message(EXEC_CMDLINE, exec_body(0, 0)),
     struct.pack("<II", EXEC_CMDLINE, 65536),
+    message(EXEC_CMDLINE, exec_body(0, 0, b"u:" + b"x" * 65525 + b"\0")),
     message(0x203, exec_body(0, 0, b"x\0")),
     message(0x190, exec_body(0, 0, b"x\0")),
     hello(3),
@@ -102,8 +104,9 @@ def test_bad_requests_close_the_session(daemon: DaemonHarness) -> None:
     agent = daemon.start()
     for data in BAD_REQUESTS:
         client = daemon.local()
-        client.send(data)
-        assert client.at_end(), data
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.send(data)
+        assert client.at_end(5), data
     assert agent.silent()
     assert daemon.alive()
 

@@ -143,9 +143,16 @@ class Wire:
         fds, self.fds = self.fds, []
         return fds
 
-    def at_end(self) -> bool:
-        """Wait for the end of the connection; False where bytes come instead."""
-        return self._read(1) == b""
+    def at_end(self, seconds: float = DEADLINE) -> bool:
+        """Wait for the end of the connection; False where bytes come instead.
+
+        ``seconds``: where a daemon would also drop a silent client after its ten, fewer.
+        """
+        self.sock.settimeout(seconds)
+        try:
+            return self._read(1) == b""
+        finally:
+            self.sock.settimeout(DEADLINE)
 
     def silent(self, seconds: float = 0.1) -> bool:
         """Tell that nothing comes for a moment. For claims of the kind "and then nothing"."""
