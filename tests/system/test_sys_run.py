@@ -226,3 +226,26 @@ def test_a_person_is_told_where_to_look_when_nothing_was_started(running: Runnin
         wait_for(lambda: text in running.system.sluice("log", "--domain", "a").stdout)
     finally:
         terminal.close()
+
+
+def test_what_is_typed_and_not_read_does_not_stop_the_output(running: Running) -> None:
+    terminal = Terminal(running.system, "shell", "--raw", "a")
+    try:
+        terminal.until(b"$ ")
+        os.write(terminal.master, b"stty -echo; echo rea''dy; yes\n")
+        terminal.until(b"ready")
+        os.set_blocking(terminal.master, False)
+        typed = came = 0
+        end = time.monotonic() + DEADLINE
+        while (typed < 1 << 20 or came < 1 << 24) and time.monotonic() < end:
+            if not select.select([terminal.master], [], [], 10)[0]:
+                break
+            writable = select.select([], [terminal.master], [], 0)[1]
+            came += len(os.read(terminal.master, 65536))
+            typed += os.write(terminal.master, b"x" * 4095 + b"\n") if writable else 0
+            if came > typed + (1 << 24):
+                break  # it takes no more, and shows as much as before
+        assert came >= 1 << 24, f"{came} bytes came, {typed} were taken"
+        assert typed > 1 << 18
+    finally:
+        terminal.close()

@@ -13,6 +13,7 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator
+from typing import IO
 
 import click
 
@@ -100,26 +101,31 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
-        to_domain, from_domain = process.stdin.fileno(), process.stdout.fileno()
+        to_domain, from_domain = Outlet(process.stdin), process.stdout.fileno()
         watched = [0, from_domain, wake_read]
         while from_domain in watched:
-            for descriptor in select.select(watched, [], [])[0]:
-                if descriptor == wake_read:
-                    os.read(wake_read, 512)
-                    _send(to_domain, WINDOW, SIZE.pack(*window_size()))
-                elif descriptor == 0:
-                    typed = os.read(0, 16384)
-                    if typed:
-                        _send(to_domain, TYPED, typed)
-                    else:
-                        watched.remove(0)  # our terminal is gone; theirs goes with the call
-                        process.stdin.close()
+            # What they do not read yet keeps us from reading more, not from showing theirs.
+            readers = [fd for fd in watched if fd != 0 or not to_domain.held]
+            writers = [process.stdin] if to_domain.held else []
+            readable, writable, _ = select.select(readers, writers, [])
+            if writable:
+                to_domain.flush()
+            if wake_read in readable:
+                os.read(wake_read, 512)
+                to_domain.send(WINDOW, SIZE.pack(*window_size()))
+            if 0 in readable:
+                typed = os.read(0, 16384)
+                if typed:
+                    to_domain.send(TYPED, typed)
                 else:
-                    shown = os.read(from_domain, 65536)
-                    if shown:
-                        write_all(1, escapes.feed(shown) if escapes else shown)
-                    else:
-                        watched.remove(from_domain)
+                    watched.remove(0)  # our terminal is gone; theirs goes with the call
+                    process.stdin.close()
+            if from_domain in readable:
+                shown = os.read(from_domain, 65536)
+                if shown:
+                    write_all(1, escapes.feed(shown) if escapes else shown)
+                else:
+                    watched.remove(from_domain)
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()  # a second time does nothing
         status = process.wait()
@@ -129,6 +135,26 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
     return status
 
 
-def _send(descriptor: int, kind: int, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        write_all(descriptor, frame(kind, data))
+class Outlet:
+    """The pipe to the domain: takes frames, holds what the pipe does not, never waits."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        """Take the pipe, which the owner closes."""
+        os.set_blocking(pipe.fileno(), False)
+        self._pipe = pipe
+        self.held = bytearray()
+
+    def send(self, kind: int, data: bytes) -> None:
+        """Send one frame, behind what is held."""
+        if not self._pipe.closed:
+            self.held += frame(kind, data)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what the pipe takes; drop it where nobody reads any more."""
+        try:
+            del self.held[: os.write(self._pipe.fileno(), self.held)]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self.held.clear()
