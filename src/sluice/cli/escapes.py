@@ -12,10 +12,13 @@ shown, another screen, no cursor, letters drawn as lines. ``undo`` tells what pu
 
 from __future__ import annotations
 
+import re
+
 GROUND, ESCAPE, CSI, INTERMEDIATE, STRING, STRING_ESCAPE = range(6)
 MAX_SEQUENCE = 64
 
 _PLAIN_CONTROLS = frozenset(b"\x07\x08\x09\x0a\x0d")
+_PLAIN_RUN = re.compile(rb"[\x07-\x0a\x0d\x20-\x7e]+")
 # Cursor, erase, insert and delete, colours, scroll region.
 _CSI_FINALS = frozenset(b"@ABCDEFGHJKLMPSTXZ`adefmr")
 _ESCAPE_FINALS = frozenset(b"78=>DEHM")
@@ -48,8 +51,16 @@ class EscapeFilter:
     def feed(self, untrusted_data: bytes) -> bytes:
         """Return what of ``untrusted_data`` (and of what was held) the terminal may be sent."""
         out = bytearray()
-        for byte in untrusted_data:
-            self._step(byte, out)
+        at, end = 0, len(untrusted_data)
+        while at < end:
+            if self._state == GROUND and not self._needed:
+                plain = _PLAIN_RUN.match(untrusted_data, at)  # most of what is shown, at once
+                if plain:
+                    out += plain.group()
+                    at = plain.end()
+                    continue
+            self._step(untrusted_data[at], out)
+            at += 1
         return bytes(out)
 
     def _step(self, byte: int, out: bytearray) -> None:
