@@ -86,16 +86,19 @@ def failed(status: int) -> list[tuple[int, bytes]]:
     "text",
     [
         b"nocolon",
-        b"u:QUBESRPC",
-        b"u:QUBESRPCx",
-        b"u:QUBESRPC s",
-        b"u:QUBESRPC  s d",
-        b"u:QUBESRPC +a d",
-        b"u:QUBESRPC s ",
-        b"u:nogui:QUBESRPC s",
+        ME + b":QUBESRPC",
+        ME + b":QUBESRPCx",
+        ME + b":QUBESRPC s",
+        ME + b":QUBESRPC  s d",
+        ME + b":QUBESRPC +a d",
+        ME + b":QUBESRPC s ",
+        ME + b":QUBESRPC none ",
+        ME + b":nogui:QUBESRPC s",
     ],
 )
 def test_commands_that_break_the_grammar(place: Place, text: bytes) -> None:
+    """The user and the service ``s`` are right, and what is missing otherwise has another code."""
+    place.service("s", "#!/bin/sh\n")
     assert AgentUnderTest(place).run(text) == failed(125)
 
 

@@ -537,10 +537,13 @@ def test_other_booleans(place: Place, agent: AgentUnderTest, key: str) -> None:
 
 @pytest.mark.spec("WIRE-181")
 @pytest.mark.parametrize(
-    "value", ["0", "true", '"root"', "root", "'a", "'''a'''", "'a' b", "'a'b'"]
+    "value",
+    ["0", "true", '"USER"', "USER", "'USER", "'''USER'''", "'USER' b", "'USER''b'", "'USER\""],
 )
 def test_force_user_rejects(place: Place, agent: AgentUnderTest, value: str) -> None:
-    assert configured(place, agent, f"force-user={value}\n") == 125
+    """The user that such a value would mean is one as whom the agent could run things."""
+    assert configured(place, agent, f"force-user={value.replace('USER', SELF)}\n") == 125
+    assert configured(place, agent, f"force-user='{SELF}'\n") == 0
 
 
 @pytest.mark.spec("WIRE-181", "WIRE-139")
