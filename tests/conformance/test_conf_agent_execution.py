@@ -142,7 +142,7 @@ def test_just_exec_of_a_service_has_null_streams(place: Place) -> None:
     [
         (ME + b":QUBESRPC test.None work", 127),
         (ME + b":QUBESRPC test.Bad work", 127),
-        (b"u:QUBESRPC", 125),
+        (ME + b":QUBESRPC", 125),
         (b"somebody-else:true", 125),
     ],
 )
