@@ -30,6 +30,7 @@ from tests.support.agent import (
     code,
     send_fds,
     streams,
+    until,
 )
 from tests.support.ports import free_port
 
@@ -62,16 +63,20 @@ class ForkServer:
         assert done.returncode == 0
         place._closers.append(self.end)
 
+    def processes(self) -> list[int]:
+        """Return the processes that have our path, which nobody else has, on their command line.
+
+        The socket does not tell: its peer is whoever listened, and that process has gone.
+        """
+        pids = [pid for pid in os.listdir("/proc") if pid.isdigit()]
+        return [int(pid) for pid in pids if self.path in command_line(pid)]
+
     def end(self) -> None:
-        """End the background process, found by its listening socket's peer."""
-        with contextlib.suppress(OSError):
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(self.path)
-            pid = struct.unpack(
-                "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            )[0]
-            connection.close()
-            os.kill(pid, signal.SIGTERM)
+        """End the background process, by its id."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        until(lambda: not self.processes(), "the end of the fork server")
 
     def send(self, kind: int, text: bytes, size: int | None = None, port: int = 1024) -> Wire:
         connection = self.place.connect(self.path)
@@ -95,6 +100,13 @@ def test_it_accepts_when_it_returns(place: Place) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(server.path)
     connection.close()
+
+
+def test_the_tester_ends_what_is_in_the_background(place: Place) -> None:
+    server = ForkServer(place)
+    assert len(server.processes()) == 1
+    server.end()
+    assert server.processes() == []
 
 
 @pytest.mark.spec("WIRE-235")
