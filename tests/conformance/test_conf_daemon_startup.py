@@ -309,7 +309,7 @@ def test_a_bad_first_message_of_the_agent_ends_the_daemon(
     assert daemon.control is not None
     agent = daemon.keep(accept(daemon.control))
     agent.send(first)
-    assert agent.at_end()
+    assert agent.at_end(5)
     assert daemon.ended() == 1
     assert daemon.names() == set()
 
