@@ -376,6 +376,25 @@ def test_a_domain_that_does_not_connect(world: World) -> None:
 
 
 @pytest.mark.spec("WIRE-225")
+def test_a_domain_that_has_the_channel_and_does_not_greet(world: World) -> None:
+    """The daemon hands over the ends of two pipes (20), and nothing comes on them."""
+    daemon = world.daemon("work")
+    process = world.client("-d", "work", "-w", "1", "-E", "user:cmd")
+    session = world.accept(daemon)
+    serve_local(session)
+    pipes = [*os.pipe(), *os.pipe()]
+    try:
+        reply = message(EXEC_CMDLINE, exec_body(42, 1024))
+        socket.send_fds(session.sock, [reply], [pipes[0], pipes[3]])
+        said = process.communicate(timeout=DEADLINE)[1]
+    finally:
+        for fd in pipes:
+            os.close(fd)
+    assert process.returncode == 125
+    assert said == b"qrexec-client: data channel: no handshake in time\n"
+
+
+@pytest.mark.spec("WIRE-225")
 def test_no_limit_to_the_time_for_the_domain_to_connect(world: World) -> None:
     daemon = world.daemon("work")
     processes = {}
