@@ -130,8 +130,8 @@ def test_an_agent_that_comes_and_goes_is_slowed_down(daemon: DaemonHarness) -> N
     began = time.monotonic()
     for _ in range(8):
         agent = restart(daemon, agent)
-    assert time.monotonic() - began < 4  # a few times are free
-    for _ in range(6):
+    assert time.monotonic() - began < 10  # the first times are free: not two seconds each
+    for _ in range(4):
         agent = restart(daemon, agent)
     assert time.monotonic() - began > 2
     began = time.monotonic()
