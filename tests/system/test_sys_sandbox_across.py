@@ -53,7 +53,7 @@ def sluice(inside: Machine, *words: str) -> subprocess.CompletedProcess[str]:
 def test_ipc_objects(inside: Machine) -> None:
     """Looks for shared memory, message queues and semaphores that the other domain has made."""
     made = "[call(29, 0x5EC2E7, 4096, 0o1666), call(68, 0x5EC2E7, 0o1666), call(64, 0x5EC2E7, 1, 0o1666), call(240, b'secret', 0o102, 0o666, None)]"
-    found = "[call(29, 0x5EC2E7, 4096, 0), call(68, 0x5EC2E7, 0), call(64, 0x5EC2E7, 1, 0), call(240, b'secret', 2)]"
+    found = "[call(29, 0x5EC2E7, 4096, 0), call(68, 0x5EC2E7, 0), call(64, 0x5EC2E7, 1, 0), call(240, b'secret', 2, 0, None)]"
     assert inside.value(made, "peer") == str(["THROUGH"] * 4)
     assert inside.value(found, "peer") == str(["THROUGH"] * 4)
     assert inside.value(found) == str(["ENOENT"] * 4)
