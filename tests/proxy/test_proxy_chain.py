@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from sluice.proxy.chain import FAILED
 from sluice.proxy.filters.byte_limit import ByteLimit
 from sluice.proxy.filters.pass_ import Pass
 from sluice.proxy.filters.stop import StopDst, StopSrc
@@ -248,17 +250,29 @@ def test_a_timer_of_opened_may_continue() -> None:
 
 
 @pytest.mark.spec("PROXY-025")
-@pytest.mark.parametrize("event", ["opened", "data", "eof", "timer", "closed", "__init__"])
-def test_an_exception_in_any_event_fails_closed_and_names_file_and_line(event: str) -> None:
+@pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, asyncio.CancelledError])
+@pytest.mark.parametrize(
+    "event", ["opened", "data", "eof", "timer", "drained", "closed", "__init__"]
+)
+def test_an_exception_in_any_event_fails_closed_and_names_file_and_line(
+    event: str, kind: type[BaseException]
+) -> None:
     def boom(self: Any, *args: Any) -> Any:
-        raise ZeroDivisionError("boom\x1b[31m")
+        raise kind("boom\x1b[31m")
 
     line = boom.__code__.co_firstlineno + 1
-    cls = scripted(**{"data": PASS, **({event: boom} if event != "__init__" else {})})
+    listed = event not in ("drained", "__init__")
+    cls = scripted(**{"data": PASS, **({event: boom} if listed else {})})
     if event == "__init__":
         cls.__init__ = boom  # type: ignore[misc]
     book = play(cls).open()
-    if event == "timer":
+    changed = []
+    book.chain.on_change = lambda: changed.append(book.chain.state)
+    if event == "drained":
+        book.filter.link.on_drained(lambda direction: boom(None))
+        book.chain.drained(SRC2DST)
+        assert changed == [FAILED], "nobody else looks at the chain then"
+    elif event == "timer":
         book.filter.link.set_timer("t", 1)
         book >> after(1)
     elif event == "data":
@@ -273,6 +287,15 @@ def test_an_exception_in_any_event_fails_closed_and_names_file_and_line(event: s
     assert failure.filter == "scripted" and failure.exit_code == 125
     assert "\x1b" not in failure.reason and "boom" in failure.reason
     assert book.take(SRC2DST) == b""
+
+
+def test_an_interrupt_by_the_user_is_no_fault_of_the_filter() -> None:
+    def interrupted(self: Any, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    book = play(scripted(data=interrupted)).open()
+    with pytest.raises(KeyboardInterrupt):
+        book >> data(SRC2DST, b"x")
 
 
 @pytest.mark.parametrize("answer", [None, "pass", 7, Refuse("x"), (PASS, None)])

@@ -247,6 +247,11 @@ def test_mishaps_of_a_plugin_end_its_call(old: Old) -> None:
     record = old.records()[-1]
     assert (code, record["cause"], record["filter"]) == (125, "filter-error", "mishap")
     assert "IndexError" in record["reason"] and "mishap.py:14" in record["reason"]
+    old.chain("m", ["mishap"], mishap={"how": "exit"})
+    code, _ = old.call("m+vault+mirror", b"x")
+    record = old.records()[-1]
+    assert (code, record["cause"], record["filter"]) == (125, "filter-error", "mishap")
+    assert "SystemExit: 0 at" in record["reason"]
     old.chain("m", ["mishap"], mishap={"how": "print"})
     assert old.call("m+vault+mirror", b"x") == (0, b"on\nx")
     assert "printed" in old.log()

@@ -100,6 +100,7 @@ WRONG = {
     "unknown type of an option": (("most: Size", "most: Sise"), "most: Sise", "Sise"),
     "syntax": (("def data(", "def data(("), "def data", "syntax error"),
     "cannot be imported": (("import Size", "import Sice"), "import Sice", "Sice"),
+    "exits": (("class Upper", "raise SystemExit(0)\n\n\nclass Upper"), "raise", "SystemExit: 0"),
 }  # fmt: skip
 
 

@@ -29,6 +29,18 @@ from sluice.proxy.server import Server
 from sluice.proxy.settings import parse_address
 
 RAW = 'services = "any"\ntargets = "any"\nrequire_exit_code = false\n'
+LEAVE = """
+import sys
+from sluice.proxy.verdicts import SRC2DST
+
+class Leave:
+    name = "leave"
+    inspects = (SRC2DST,)
+    class Options: ...
+    def __init__(self, options, link): ...
+    def data(self, direction, chunk):
+        sys.exit(0)
+"""
 # Far more than anything takes: for what is no matter of time.
 DEADLINE = 30.0
 
@@ -37,8 +49,13 @@ DEADLINE = 30.0
 def server() -> Iterator[Resident]:
     """A server for the tests that do not change it."""
     with resident(start=False) as made:
-        made.qube.configure("", f'metrics = "{made.directory}/metrics.sock"')
+        filters = made.directory / "filters"
+        filters.mkdir()
+        (filters / "leave.py").write_text(LEAVE)
+        settings = f'metrics = "{made.directory}/metrics.sock"\nfilters = ["{filters}"]'
+        made.qube.configure("", settings)
         made.qube.chain("pass", '"pass"')
+        made.qube.chain("leave", '"leave"')
         made.qube.chain("raw", '"pass"', rules=RAW)
         made.qube.chain("short", "{ use = 'byte-limit', src2dst = 5 }", rules=RAW)
         made.start()
@@ -90,6 +107,21 @@ def test_the_servers_own_rules_and_mistakes_of_the_source(server: Resident) -> N
         assert (done.returncode, done.stdout, done.stderr) == (code, b"", b""), name
     assert server.call("pass+vault+mirror", source=None).returncode == 125
     assert "no source domain" in server.qube.log()
+
+
+@pytest.mark.spec("PROXY-025")
+def test_a_filter_that_exits_ends_its_call_and_not_the_server(server: Resident) -> None:
+    other = server.launch("pass+vault+mirror")
+    other.stdin.write(b"hello")
+    other.stdin.flush()
+    assert other.stdout.read(5) == b"hello"
+    done = server.call("leave+vault+mirror", b"x")
+    assert (done.returncode, done.stdout) == (125, b"")
+    record = eventually(lambda: server.qube.records() and last_record(server))
+    assert (record["cause"], record["filter"]) == ("filter-error", "leave")
+    assert "SystemExit: 0 at" in str(record["reason"]) and "leave.py:11" in str(record["reason"])
+    other.stdin.close()
+    assert other.wait(DEADLINE) == 0
 
 
 @pytest.mark.spec("PROXY-010")

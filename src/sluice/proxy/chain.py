@@ -48,7 +48,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from functools import partial
-    from typing import Any, cast
+    from typing import cast
 
     from sluice.proxy.verdicts import Answer, Bytes
 else:
@@ -78,7 +78,8 @@ class Chain:
     ) -> None:
         """Take the filters in order, the call, a clock that only goes forward.
 
-        ``on_change`` may be set afterwards: it is called after ``act``, which comes from outside.
+        ``on_change`` may be set afterwards: it is called after what nobody else looks at: an
+        ``act``, which comes from outside, and a failure in ``drained``.
         """
         self.call = call
         self.clock = clock
@@ -108,8 +109,8 @@ class Chain:
         for use in self._uses:
             try:
                 stage = Stage(self, use)
-            except Exception as error:
-                self._broken(use.name, use.cls, error)
+            except BaseException as error:
+                self._broken(use.name, error)
                 return
             self.stages.append(stage)
         self._path = (self.stages, self.stages[::-1])
@@ -156,7 +157,12 @@ class Chain:
         """Tell the filters that asked for it that what waited in a direction is delivered."""
         for stage in self.stages:
             if stage.on_drained is not None and self.state == OPEN:
-                stage.on_drained(direction)
+                try:
+                    stage.on_drained(direction)
+                except BaseException as error:
+                    self._broken(stage.name, error)
+        if self.state == FAILED and self.on_change is not None:
+            self.on_change()
 
     def fail(self, cause: Cause) -> None:
         """End the call; the first cause stands."""
@@ -176,8 +182,8 @@ class Chain:
             if closed is not None:
                 try:
                     closed(cause)
-                except Exception as error:
-                    self._broken(stage.name, stage.use.cls, error)
+                except BaseException as error:
+                    self._broken(stage.name, error)
             stage.release()
 
     # --- timers -------------------------------------------------------------------------------
@@ -334,8 +340,8 @@ class Chain:
         self._busy += 1
         try:
             answer = ask()
-        except Exception as error:
-            self._broken(stage.name, stage.use.cls, error)
+        except BaseException as error:
+            self._broken(stage.name, error)
             return ()
         finally:
             self._busy -= 1
@@ -431,10 +437,14 @@ class Chain:
         code = 126 if kind == "filter" else 125
         self.fail(Cause(kind, reason, filter=stage.name, exit_code=code))
 
-    def _broken(self, name: str, cls: type[Any], error: Exception) -> None:
-        """Fail because a filter raised; the cause names its file and line."""
-        where = where_raised(error)
-        text = f"{type(error).__name__}: {error}{where}"
+    def _broken(self, name: str, error: BaseException) -> None:
+        """Fail because a filter raised; the cause names its file and line.
+
+        Its SystemExit ends its call too, not the process with all the others.
+        """
+        if isinstance(error, KeyboardInterrupt):
+            raise error  # the user's, whoever happened to be at work
+        text = f"{type(error).__name__}: {error}{where_raised(error)}"
         cause = Cause("filter-error", text, filter=name, exit_code=125)
         self.tools.log(f"{name}: {cause.reason}")
         self.fail(cause)

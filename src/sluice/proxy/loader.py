@@ -96,7 +96,7 @@ class Filters:
         if name in points:
             try:
                 cls = points[name].load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise ConfigError(
                     f"filter '{name}' ({points[name].value}) cannot be loaded: "
                     f"{type(error).__name__}: {error}"
@@ -149,7 +149,7 @@ def load_file(file: str) -> ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise ConfigError(f"syntax error: {error.msg}", file=file, line=error.lineno) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line = None
         trace = error.__traceback__
         while trace is not None:

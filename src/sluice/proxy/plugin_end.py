@@ -68,7 +68,7 @@ class _Running:
             self.result = await coroutine()
         except asyncio.CancelledError:
             cause = Cause("killed", "ended", filter=self.name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             cause = cause_of(self.name, error)
             self._log(f"{self.name}: {cause.reason}")
         self._end(cause)

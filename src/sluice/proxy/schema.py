@@ -212,7 +212,7 @@ def use_filter(cls: type[Any], given: dict[str, Any], name: str | None = None) -
         use.inspected()
     except OptionError as error:
         raise FieldError(error.option, str(error)) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = f"cannot judge its options: {type(error).__name__}: {error}{where_raised(error)}"
         raise FieldError("use", text) from error
     return use

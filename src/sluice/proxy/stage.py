@@ -172,7 +172,7 @@ def allowed(event: str, verdict: object) -> bool:
     return verdict in values or isinstance(verdict, kinds)
 
 
-def where_raised(error: Exception) -> str:
+def where_raised(error: BaseException) -> str:
     """Return `` at FILE:LINE`` of the innermost place outside of the proxy's own machinery."""
     trace = error.__traceback__
     place = ""

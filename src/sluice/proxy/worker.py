@@ -201,7 +201,7 @@ class Worker:
             made = cls(get_logger(name), self._meta, config=part["config"])
         except SluiceError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ConfigError(describe(error), file=part["file"]) from error
         self._plugins.insert(0, name)
         return made
