@@ -203,12 +203,39 @@ def test_lint_knows_the_services_of_a_system(tmp_path: Path) -> None:
     )
     result = CliRunner().invoke(main, ["policy", "lint", "--root", str(tmp_path), "--json"])
     assert result.exit_code == 0, result.output
-    found = [entry for entry in json.loads(result.output) if entry["code"] == "unknown-service"]
+    found = [entry for entry in json.loads(result.stdout) if entry["code"] == "unknown-service"]
     assert [(entry["line"], entry["message"]) for entry in found] == [
         (5, "no service laid.Heer is known"),
         (6, "service admin.vm.list: did you mean admin.vm.List?"),
         (8, "no service there.Only is known"),
     ]
+
+
+def test_lint_leaves_out_what_nobody_here_wrote(tmp_path: Path) -> None:
+    """A fresh system has no warnings, but for those about the shipped files, which are counted."""
+    paths = Paths.find(str(tmp_path))
+    lay(paths)
+
+    def lint(*options: str) -> Result:
+        return CliRunner().invoke(main, ["policy", "lint", "--root", str(tmp_path), *options])
+
+    result = lint("--strict")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "3 warnings about unchanged shipped files not shown (--all)" in result.stderr
+    assert lint("--all", "--strict").exit_code == 1
+    shown = lint("--all", "--json")
+    assert shown.stderr == "" and len(json.loads(shown.stdout)) == 3
+    # Of a shipped rule, but because of another: both files are named.
+    own = tmp_path / "config/policy.d/30-user.policy"
+    own.write_text("qubes.GetDate * * * deny\n")
+    assert "90-default.policy" in lint().stdout and "30-user.policy:1 covers" in lint().stdout
+    own.unlink()
+    changed = tmp_path / "config/policy.d/90-default.policy"
+    assert changed.name not in lint().stdout
+    changed.write_text(changed.read_text() + "qubes.GetDat * a b deny\n")
+    assert "there is no domain sys-net" in lint().stdout and "qubes.GetDat " in lint().stdout
+    changed.write_text("nonsense\n")
+    assert lint().exit_code == 1
 
 
 def test_lint_says_what_it_could_not_check(tmp_path: Path) -> None:

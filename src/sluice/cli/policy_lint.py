@@ -18,6 +18,7 @@ from sluice.policy.lint import lint
 from sluice.policy.lint_lines import lint_text
 from sluice.policy.loader import parse_file
 from sluice.policy.rules import Rule
+from sluice.policy.shipped import shipped_files
 from sluice.wire.names import escape
 
 _SERVICE_DIRECTORIES = ("/etc/qubes-rpc", "/usr/local/etc/qubes-rpc")
@@ -27,6 +28,7 @@ _SERVICE_DIRECTORIES = ("/etc/qubes-rpc", "/usr/local/etc/qubes-rpc")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
 @click.option("-i", "--include-service", is_flag=True, help="FILEs are in service format.")
 @click.option("--services", metavar="DIR", multiple=True, help="Services that exist (repeatable).")
+@click.option("--all", "show_all", is_flag=True, help="Show warnings about shipped files, too.")
 @click.option("--strict", is_flag=True, help="Warnings make the exit status 1, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @place_options
@@ -35,6 +37,7 @@ def command(
     files: tuple[str, ...],
     include_service: bool,
     services: tuple[str, ...],
+    show_all: bool,
     strict: bool,
     as_json: bool,
     place: Place,
@@ -43,7 +46,8 @@ def command(
 
     Errors deny every call. Warnings: rules that are never reached, names that do not exist,
     redirections to what cannot be, wildcards that give too much, proxies that serve sources of
-    different labels. Exit status 0 without errors, 1 with.
+    different labels. Those about files that are as shipped are only counted. Exit status 0 without
+    errors, 1 with.
     """
     findings: list[Finding] = []
     if files:
@@ -51,6 +55,8 @@ def command(
             findings += _lint_file(name, include_service)
     else:
         findings = _lint_set(place, services)
+        if not show_all:
+            findings = _written_here(findings, place.directories)
     if as_json:
         click.echo(json.dumps([finding.to_json() for finding in findings], indent=2))
     else:
@@ -79,6 +85,31 @@ def _lint_set(place: Place, service_dirs: tuple[str, ...]) -> list[Finding]:
         say(f"sluice: {message}", err=True)
     known, everywhere = _services(service_dirs, place)
     return found + lint(policy, info, known, everywhere=everywhere)
+
+
+def _written_here(findings: list[Finding], directories: tuple[str, ...]) -> list[Finding]:
+    """Leave out warnings about nothing but files that are as shipped; say how many."""
+    shipped = shipped_files(compat=True)
+    paths = {f"{directory}/{name}": name for directory in directories for name in shipped}
+    untouched = {path for path, name in paths.items() if _content(path) == shipped[name]}
+    shown = []
+    for finding in findings:
+        concerned = {finding.file, *(place.rpartition(":")[0] for place in finding.related)}
+        if finding.severity is Severity.ERROR or not concerned <= untouched:
+            shown.append(finding)
+    count = len(findings) - len(shown)
+    if count:
+        noun = f"warning{'s' * (count != 1)}"
+        say(f"sluice: {count} {noun} about unchanged shipped files not shown (--all)", err=True)
+    return shown
+
+
+def _content(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError:
+        return None
 
 
 def _not_read(directories: tuple[str, ...]) -> list[Finding]:
