@@ -161,6 +161,18 @@ def test_version_two_goes_before_version_one(tmp_path: Path) -> None:
     assert found.kind("pids") == found.kind("memory") == limits.V2
 
 
+def test_the_name_of_a_system_is_that_of_its_directory_not_of_a_path(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    limits.label_of(state)  # where no system is yet
+    state.mkdir()
+    own = limits.label_of(state)
+    assert limits.label_of(state) == own
+    # What another namespace of mounts, as a container has, shows at the same path.
+    state.rename(tmp_path / "elsewhere")
+    state.mkdir()
+    assert limits.label_of(state) != own
+
+
 @pytest.mark.spec("CORE-172", "CORE-180")
 def test_what_nothing_holds_is_published_and_stops_nothing(tmp_path: Path) -> None:
     held = limits.DomainLimits(limits.Controllers({}), "work", limits.Wanted(1 << 40, 10**6, 2))

@@ -8,7 +8,6 @@ this machine is skipped with the reason.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import os
 import pwd
@@ -26,6 +25,7 @@ import pytest
 
 from sluice import runtime
 from sluice.domains.sandbox import ids
+from sluice.domains.sandbox.limits import label_of
 
 MODES = ("ranges", "subordinate", "single")
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -307,10 +307,10 @@ def hostile_machine(mode: str) -> contextlib.AbstractContextManager[Machine]:
 
 def groups(system: Machine, domain: str = "*") -> list[Path]:
     """Return the control groups of a system's domains, or of one of them."""
-    label = hashlib.sha256(os.fsencode(system.root / "state")).hexdigest()[:12]
+    label = label_of(system.root / "state")
     found = []
     # Not by a glob, which fails when somebody else's group goes while it is looked at.
     for place, below, _ in os.walk("/sys/fs/cgroup"):
-        if os.path.basename(place) == f"sluice-{label}":
+        if os.path.basename(place) == label:
             found += [Path(place, name) for name in below if domain in ("*", name)]
     return found

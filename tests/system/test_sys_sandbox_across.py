@@ -292,6 +292,7 @@ def test_a_start_that_was_cut_off(inside: Machine) -> None:
     system.root.mkdir()
     system.environment["HOME"] = inside.environment["HOME"]
     system.prepare("", {})
+    (system.root / "state").mkdir(mode=0o700)
     if inside.user is not None:
         subprocess.run(["chown", "-R", inside.user, str(system.root)], check=True)
     names = [f"bwrap:{label_of(root / 'state')}" for root in (system.root, inside.root)]

@@ -4,9 +4,10 @@ Theory. Everything of a domain ends when its AdminVM does: bwrap hears of its pa
 process 1 of the end of its control channel. But a bwrap that loses its parent between two steps of
 its own start can leave a child that waits for it for ever, before it has executed anything. Such
 processes are in no control group yet, and others may not look at their environment or descriptors.
-What can be seen of them is their command line: so ``argv[0]`` of each bwrap names its system. The
-next AdminVM holds the system's lock, so whoever still carries that name is a leftover. A domain
-that takes the name for a process of its own ends that process. docs/spec/core-stack.md 12.10.
+What can be seen of them is their command line: so ``argv[0]`` of each bwrap names its system, by
+the directory itself and not only its path (``limits.label_of``), for we may see into containers.
+The next AdminVM holds the system's lock, so whoever still carries that name is a leftover. A domain
+that takes the name for a process of its own ends that process. docs/spec/core-stack.md 12.4.1.
 """
 
 from __future__ import annotations

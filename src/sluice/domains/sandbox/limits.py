@@ -85,8 +85,17 @@ class Controllers:
 
 
 def label_of(state: Path) -> str:
-    """Return the name by which what belongs to a system is known to the kernel."""
-    return "sluice-" + hashlib.sha256(os.fsencode(state)).hexdigest()[:12]
+    """Return the name by which what belongs to a system is known to the kernel.
+
+    A container with a system at the same path has another directory there, and so another name:
+    what carries ours belongs to whoever holds the lock in our directory.
+    """
+    try:
+        found = os.stat(state)
+        which = f"{found.st_dev}:{found.st_ino}:{state}"
+    except FileNotFoundError:
+        which = str(state)  # nothing was ever started there
+    return "sluice-" + hashlib.sha256(os.fsencode(which)).hexdigest()[:12]
 
 
 def probe(state: Path, *, proc: Path = Path("/proc/self"), prepare: bool = True) -> Controllers:
