@@ -9,7 +9,7 @@ import functools
 import os
 import select
 import selectors
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -120,6 +120,41 @@ def test_a_loop_of_asyncio_goes_over_to_poll(
 
     assert run(main()) == "went on"
     assert scarce.left == 0
+
+
+def test_looking_for_hangups_takes_one_timer(
+    scarce: type[Scarce], pipes: list[tuple[int, int]]
+) -> None:
+    class Loop:
+        timers: list[Callable[[], None]] = []
+
+        def call_later(self, _delay: float, callback: Callable[[], None]) -> None:
+            self.timers.append(callback)
+
+        def add_reader(self, *_: object) -> None:
+            """Nothing comes by it here."""
+
+        remove_reader = add_reader
+
+    loop = Loop()
+    nested = hangup.Nested(lambda: loop)  # type: ignore[arg-type, return-value]
+    scarce.left = 0
+    gone: list[int] = []
+    for reading, writing in pipes:  # they come and go
+        nested.add_hangup(writing, lambda: None)
+        nested.remove_hangup(writing)
+        nested.add_hangup(reading, functools.partial(gone.append, reading))
+        nested.remove_hangup(reading)
+    last = pipes[-1]
+    nested.add_hangup(last[1], functools.partial(gone.append, last[1]))
+    for _ in range(3):
+        assert len(loop.timers) == 1
+        loop.timers.pop()()
+    os.close(last[0])
+    loop.timers.pop()()
+    assert gone == [last[1]] and not loop.timers
+    nested.add_hangup(pipes[0][1], lambda: None)
+    assert len(loop.timers) == 1
 
 
 def test_what_else_goes_wrong_is_told(pipes: list[tuple[int, int]]) -> None:

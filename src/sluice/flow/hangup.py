@@ -30,6 +30,7 @@ class Nested:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._looked_at: set[int] = set()
+        self._looking = False
 
     def add_hangup(self, fd: int, callback: Callable[[], None]) -> None:
         """Call ``callback()`` once when the other side of ``fd`` is gone (EPOLLHUP, EPOLLERR).
@@ -43,9 +44,10 @@ class Nested:
             if error.errno != errno.ENOSPC or loop is None:
                 raise
             # The user's epoll watches are used up: look now and then, as long as any is like that.
-            if not self._looked_at:
-                loop.call_later(LOOK, self._look)
             self._looked_at.add(fd)
+            if not self._looking:
+                self._looking = True
+                loop.call_later(LOOK, self._look)
         if not self._callbacks and loop is not None:
             loop.add_reader(self._epoll.fileno(), self._fire)
         self._callbacks[fd] = callback
@@ -71,7 +73,8 @@ class Nested:
             self.remove_hangup(fd)
             callback()
         loop = self._loop()
-        if self._looked_at and loop is not None:
+        self._looking = bool(self._looked_at)
+        if self._looking and loop is not None:
             loop.call_later(LOOK, self._look)
 
     def _gone(self) -> int:
