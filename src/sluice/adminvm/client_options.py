@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 
-from sluice.agent.options import Exit, UsageError, parse_options
+from sluice.agent.options import Exit, UsageError, parse_number, parse_options
 from sluice.service.command import HANGUP, MARKER, NOGUI
 from sluice.wire.messages import EXIT_LOCAL_FAILURE, EXIT_USAGE, MAX_IDENT
 from sluice.wire.names import DOM0_NAMES
@@ -91,20 +91,6 @@ class Settings:
         return self.target in DOM0_NAMES
 
 
-def parse_number(text: str, what: str) -> int:
-    """Read a C integer that begins with a digit, 0..2^31-1 (12.1). Raises Exit."""
-    lower = text.lower()
-    base, digits = (16, lower[2:]) if lower.startswith("0x") else (10, lower)
-    if base == 10 and lower.startswith("0"):
-        base = 8
-    # Not all that int() takes is a number of C: blanks, signs, underscores, prefixes.
-    valid = 0 < len(digits) < 32 and not digits.strip("0123456789abcdef"[:base])
-    number = int(digits, base) if valid else -1
-    if not 0 <= number < 1 << 31:
-        raise Exit(EXIT_LOCAL_FAILURE, f"qrexec-client: invalid {what}")
-    return number
-
-
 def parse_arguments(arguments: list[str]) -> Settings:
     """Read the command line. Raises Exit: 1 or 2 for wrong ones, 0 for ``--help``."""
     settings = Settings()
@@ -154,7 +140,7 @@ def _apply(settings: Settings, options: list[tuple[str, str]]) -> None:
         elif key == "prefix":
             settings.prefix = os.fsencode(value)
         elif key == "timeout":
-            settings.timeout = parse_number(value, "timeout")
+            settings.timeout = parse_number(value, "qrexec-client: invalid timeout")
         elif key == "complete":
             _parse_completion(settings, value)
 
@@ -178,7 +164,7 @@ def _parse_completion(settings: Settings, value: str) -> None:
     settings.completes = True
     settings.request_id = os.fsencode(request_id)
     settings.source_name = os.fsencode(name)
-    settings.source_number = parse_number(number, "domain number")
+    settings.source_number = parse_number(number, "qrexec-client: invalid domain number")
 
 
 def _check(settings: Settings, keys: list[str], positionals: list[str]) -> None:

@@ -17,6 +17,7 @@ from sluice.agent.options import (
     die_of_interrupt,
     explain_silence,
     has_standard_descriptors,
+    parse_number,
     parse_options,
     write_error,
 )
@@ -91,20 +92,6 @@ class Settings:
         self.filter_stderr: bool | None = None
 
 
-def parse_size(text: str) -> int:
-    """Read a number as C does: decimal, 0x hexadecimal, 0 octal; at most 2^31-1. Raises Exit."""
-    digits = text.lower()
-    base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") else 10
-    digits = digits.removeprefix("0x")
-    # Neither blanks nor signs nor the other prefixes and underscores that Python knows.
-    size = -1
-    if 0 < len(digits) < 1000 and not digits.strip("0123456789abcdef"[:base]):
-        size = int(digits, base)
-    if not 0 <= size < 1 << 31:
-        raise Exit(EXIT_LOCAL_FAILURE, f"invalid buffer size: {text}")
-    return size
-
-
 def parse_arguments(arguments: list[str]) -> Settings:
     """Read the command line (11.1). Raises Exit."""
     settings = Settings()
@@ -135,7 +122,7 @@ def _apply(settings: Settings, options: list[tuple[str, str]]) -> None:
             sys.stdout.flush()
             raise Exit(0)
         if key == "buffer":
-            parse_size(value)
+            parse_number(value, f"invalid buffer size: {value}")
         elif key in ("t", "no-t"):
             settings.filter_stdout = key == "t"
         elif key in ("T", "no-T"):

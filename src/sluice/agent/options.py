@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from sluice.wire.messages import EXIT_FAILURE, EXIT_NOT_FOUND
+from sluice.wire.messages import EXIT_FAILURE, EXIT_LOCAL_FAILURE, EXIT_NOT_FOUND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,6 +94,22 @@ def die_of_broken_pipe() -> None:
 
     _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)
     os.kill(os.getpid(), _signal.SIGPIPE)
+
+
+def parse_number(text: str, complaint: str) -> int:
+    """Read a number as C does: decimal, 0x hexadecimal, 0 octal; at most 2^31-1 (11.1, 12.1).
+
+    Raises Exit with the complaint where it is none.
+    """
+    digits = text.lower()
+    base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") else 10
+    digits = digits.removeprefix("0x")
+    # Neither blanks nor signs nor the other prefixes and underscores that Python knows.
+    valid = 0 < len(digits) < 1000 and not digits.strip("0123456789abcdef"[:base])
+    number = int(digits, base) if valid else -1
+    if not 0 <= number < 1 << 31:
+        raise Exit(EXIT_LOCAL_FAILURE, complaint)
+    return number
 
 
 def parse_options(
