@@ -6,10 +6,10 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from tests.support.adminvm import wait_until
+from tests.support.processes import alive
 from tests.support.system import System, descendants, make_system
 
 pytestmark = [pytest.mark.sandbox]
@@ -36,14 +36,6 @@ def system() -> Iterator[System]:
         (rpc / "test.Wait").write_text("#!/bin/sh\ntrap '' TERM INT HUP\nsleep 1000\n")
         (rpc / "test.Wait").chmod(0o755)
         yield made
-
-
-def alive(pid: int) -> bool:
-    """Tell whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.alone

@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from tests.support.agent import (
@@ -29,6 +28,7 @@ from tests.support.agent import (
     streams,
     until,
 )
+from tests.support.processes import alive
 
 from sluice.agent import sessions
 from sluice.agent.sessions import hang_up
@@ -306,14 +306,6 @@ def test_the_end_of_input_is_no_end_of_the_caller(place: Place) -> None:
     wire.message(STDIN)
     messages = wire.rest()
     assert (streams(messages, STDOUT), code(messages)) == (b"end\n", 0)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2]
-    except OSError:
-        return False
-    return state[0] != "Z"
 
 
 @pytest.mark.spec("WIRE-254")

@@ -99,6 +99,7 @@ def test_what_is_no_request(place: Place, kind: int, body: bytes) -> None:
     agent = AgentUnderTest(place)
     client = Wire(place.connect(place.agent_socket))
     client.send(struct.pack("<II", kind, len(body)) + body[:500])
+    assert not client.silent(5), "it is dropped for what it said, not when its 10 s are over"
     assert client.ended()
     assert agent.control.silent()
 

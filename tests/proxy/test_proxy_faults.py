@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.proxy import Vm, alive, eventually, vm
+from tests.support.processes import alive
+from tests.support.proxy import Vm, eventually, vm
 
 from sluice.proxy import log as proxy_log
 from sluice.proxy.audit import Audit

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.support.proxy import alive
+from tests.support.processes import alive
 
 from sluice.errors import LocalError
 from sluice.flow.reactor import Reactor

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tests.support.proxy import PROGRAM, Vm, alive, eventually, vm
+from tests.support.processes import alive
+from tests.support.proxy import PROGRAM, Vm, eventually, vm
 from tests.support.proxy_server import COMMAND, Resident, left_over, resident
 
 from sluice.cli.main import main

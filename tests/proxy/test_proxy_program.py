@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.proxy import Vm, alive, eventually, vm
+from tests.support.processes import alive
+from tests.support.proxy import Vm, eventually, vm
 
 
 @pytest.fixture(scope="module")

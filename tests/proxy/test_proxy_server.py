@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from tests.support.ports import free_port
-from tests.support.proxy import alive, chain_text, eventually
+from tests.support.processes import alive
+from tests.support.proxy import chain_text, eventually
 from tests.support.proxy_server import COMMAND, Resident, left_over, read_all, resident
 
 from sluice.errors import ConfigError, LocalError

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.support.proxy import alive, eventually
+from tests.support.processes import alive
+from tests.support.proxy import eventually
 from tests.support.proxy_server import Resident, left_over, resident
 
 # Writes without end and reads what comes back, as a source that copies does.

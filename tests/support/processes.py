@@ -43,6 +43,11 @@ class Seen:
                 os.close(descriptor)
 
 
+def alive(pid: int) -> bool:
+    """Tell whether a process runs; one that only waits to be reaped does not."""
+    return Seen.of(pid) is not None
+
+
 def seen(pids: Iterable[int]) -> list[Seen]:
     """Look at several processes; those that are gone already are left out."""
     return [process for process in map(Seen.of, pids) if process is not None]

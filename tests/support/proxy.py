@@ -180,11 +180,3 @@ def eventually(condition: Any, timeout: float = 30.0, what: str = "") -> Any:
             return value
         assert time.monotonic() < deadline, f"did not happen in {timeout} s: {what}"
         time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Tell whether a process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

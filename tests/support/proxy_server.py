@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sluice.proxy.control import ControlClient
-from tests.support.proxy import ROOT, Vm, alive, communicate, start_piped, vm
+from tests.support.processes import alive
+from tests.support.proxy import ROOT, Vm, communicate, start_piped, vm
 
 LAUNCHER = ROOT / "src/sluice/bin/qrexec-proxy-launcher"
 COMMAND = [sys.executable, "-c", "from sluice.cli.main import main; main()"]

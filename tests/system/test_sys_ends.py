@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.processes import alive
 from tests.support.system import Running, System, descendants, make_system
 
 pytestmark = [pytest.mark.sandbox]
@@ -52,16 +53,9 @@ def gone(pids: list[int], within: float) -> list[int]:
     end = time.monotonic() + within
     left = pids
     while left and time.monotonic() < end:
-        left = [pid for pid in left if Path(f"/proc/{pid}").exists() and not zombie(pid)]
+        left = [pid for pid in left if alive(pid)]
         time.sleep(0.01)
     return left
-
-
-def zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def test_the_adminvm_killed_takes_all_domains_with_it(system: System) -> None:
