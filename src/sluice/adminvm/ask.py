@@ -10,10 +10,10 @@ import _socket
 import errno
 import os
 import select
-import struct
 import time
 
 from sluice.errors import LocalError, RemoteError
+from sluice.flow.connecting import connect_within
 from sluice.vchan.passed import recv_with_fds
 from sluice.wire import messages as wire
 
@@ -45,10 +45,8 @@ def connect_blocking(path: str, seconds: float) -> _socket.socket:
     if len(os.fsencode(path)) > MAX_PATH:
         raise LocalError(f"the path of a socket is longer than {MAX_PATH} bytes: {path}")
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    end = time.monotonic() + seconds
     try:
-        while not _connected(sock, path, end):
-            pass
+        connect_within(sock, os.fsencode(path), seconds)
     except OSError as error:
         sock.close()
         if error.errno == errno.EAGAIN:
@@ -56,24 +54,6 @@ def connect_blocking(path: str, seconds: float) -> _socket.socket:
         kind = NotRunning if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else LocalError
         raise kind(f"{path}: {error.strerror}") from error
     return sock
-
-
-def _connected(sock: _socket.socket, path: str, end: float) -> bool:
-    """Try to connect until ``end``; False where that was interrupted. Raises OSError."""
-    # What bounds a blocking connect(); one that does not block would fail at once (EAGAIN). Nought
-    # would be no bound.
-    left = max(int((end - time.monotonic()) * 1_000_000), 1000)
-    limit = struct.pack("ll", *divmod(left, 1_000_000))
-    sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, limit)
-    try:
-        sock.connect(os.fsencode(path))
-        # Who was stopped and continued meanwhile, or heard a signal, is told that it is connected.
-        sock.getpeername()
-    except OSError as error:
-        if error.errno in (errno.EINTR, errno.ENOTCONN):
-            return False
-        raise
-    return True
 
 
 class DaemonConnection:

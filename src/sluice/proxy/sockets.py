@@ -7,9 +7,10 @@ is the system's (made by systemd or root) or belongs to the user himself.
 from __future__ import annotations
 
 import _socket
-import errno
 import os
 import struct
+
+from sluice.flow.connecting import connect_within
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,29 +87,14 @@ def connect(path: str, kind: int, timeout: float) -> _socket.socket:
     """
     sock = _socket.socket(_socket.AF_UNIX, kind | _socket.SOCK_CLOEXEC)
     try:
-        # Not settimeout: that makes connect fail at once where the queue is full for a moment.
+        connect_within(sock, path, timeout)
         set_timeout(sock, timeout)
-        while not _connected(sock, path):
-            pass
         if not is_trusted_peer(sock):
             raise PermissionError(1, "another user listens there")
     except BaseException:
         sock.close()
         raise
     return sock
-
-
-def _connected(sock: _socket.socket, path: str) -> bool:
-    """Try to connect; False where that was interrupted. Raises OSError."""
-    try:
-        sock.connect(path)
-        # Who was stopped and continued meanwhile, or heard a signal, is told that it is connected.
-        sock.getpeername()
-    except OSError as error:
-        if error.errno in (errno.EINTR, errno.ENOTCONN):
-            return False
-        raise
-    return True
 
 
 def set_timeout(sock: _socket.socket, seconds: float) -> None:
