@@ -12,6 +12,7 @@ import socket
 import stat
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from tests.support.adminvm import (
     trigger4,
     until,
 )
+from tests.support.processes import Seen
 
 from sluice.adminvm import api
 from sluice.adminvm.decision import Decision
@@ -797,6 +799,24 @@ def test_calls_from_within_the_process() -> None:
         assert (done.status, done.stdout) == (0, b"hi dom0\n")
         assert (await system.run("d0", "QUBESRPC no.Such dom0")).status == 127
         assert await system.just_execute("d0", "true") == 0
+
+    with short_directory() as directory:
+        agents(directory, scene)
+
+
+@pytest.mark.spec("WIRE-254")
+def test_a_command_for_which_the_process_waits_no_more_ends() -> None:
+    async def scene(system: AdminVM, sandbox: AgentSandbox) -> None:
+        with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp") as place:
+            note = Path(place, "pid")
+            waiting = asyncio.ensure_future(
+                system.run("d0", f"echo $$ >{note}.new; mv {note}.new {note}; sleep 1000; true")
+            )
+            await until(note.exists, "the command")
+            process = Seen.of(int(note.read_text()))
+            assert process is not None
+            waiting.cancel()
+            await until(lambda: not process.alive(), "the end of the command")
         with pytest.raises(TimeoutError):
             await system.run("d0", "sleep 100", timeout=0.1)
 

@@ -7,7 +7,7 @@ import stat
 import sys
 
 from sluice.agent.options import Exit, UsageError, parse_number, parse_options
-from sluice.service.command import HANGUP, MARKER, NOGUI
+from sluice.service.command import with_hangup
 from sluice.wire.messages import EXIT_LOCAL_FAILURE, EXIT_USAGE, MAX_IDENT
 from sluice.wire.names import DOM0_NAMES
 
@@ -101,17 +101,10 @@ def parse_arguments(arguments: list[str]) -> Settings:
     except UsageError as error:
         raise Exit(EXIT_LOCAL_FAILURE, f"qrexec-client: {error}\n{USAGE.rstrip()}") from error
     settings.command = os.fsencode(positionals[0])
-    if settings.hangup:
-        settings.command = with_hangup(settings.command)
+    user, colon, text = settings.command.partition(b":")
+    if settings.hangup and colon:
+        settings.command = user + colon + with_hangup(text)
     return settings
-
-
-def with_hangup(command: bytes) -> bytes:
-    """Have a shell command end when nobody waits for it any more (9.1.1); not a service call."""
-    user, colon, text = command.partition(b":")
-    if text.startswith(NOGUI):
-        user, text = user + colon + NOGUI[:-1], text[len(NOGUI) :]
-    return command if not colon or text.startswith(MARKER) else user + colon + HANGUP + text
 
 
 def _apply(settings: Settings, options: list[tuple[str, str]]) -> None:

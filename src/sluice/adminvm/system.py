@@ -42,6 +42,7 @@ from sluice.domains.registry import Registry
 from sluice.domains.sandbox.base import Sandbox
 from sluice.errors import LocalError, ResourceError, SluiceError
 from sluice.policy.files import PolicyStore
+from sluice.service.command import with_hangup
 from sluice.wire import messages as wire
 from sluice.wire.names import escape
 
@@ -364,9 +365,11 @@ class AdminVM:
     ) -> Completed:
         """Make a call from dom0, give it ``input``, and return its status, output and errors.
 
-        Raises a SluiceError where it cannot be made, TimeoutError after ``timeout`` seconds.
+        Raises a SluiceError where it cannot be made, TimeoutError after ``timeout`` seconds. A
+        shell command for which nobody waits any more, then or when this is cancelled, is ended.
         """
-        call = await self.call(name, command, user=user)
+        text = command.encode() if isinstance(command, str) else command
+        call = await self.call(name, with_hangup(text), user=user)
         async with asyncio.timeout(timeout):
             return await run_to_end(call.read_fd, call.write_fd, input)
 

@@ -78,6 +78,16 @@ class Command:
         return words
 
 
+def with_hangup(text: bytes) -> bytes:
+    """Have a command (without its user part) end when nobody waits for it any more (9.1.1).
+
+    A service call stays as it is.
+    """
+    head = NOGUI if text.startswith(NOGUI) else b""
+    body = text[len(head) :]
+    return text if body.startswith(MARKER) else head + HANGUP + body
+
+
 def parse_command(text: bytes, *, with_user: bool) -> Command:
     """Parse a command line up to its first NUL (9.1).
 
