@@ -256,11 +256,11 @@ def child(words: list[str]) -> None:
     """Lead stdin through one filter to a reader, and print the seconds that it took."""
     import tomllib
 
-    from sluice.proxy.chain import FilterUse
     from sluice.proxy.command import configuration_of, run_command
     from sluice.proxy.loader import Filters
     from sluice.proxy.log import Log
     from sluice.proxy.schema import use_filter
+    from sluice.proxy.stage import FilterUse
 
     name, *options = words
     given = {}

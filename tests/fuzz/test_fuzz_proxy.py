@@ -150,7 +150,7 @@ def test_filters_pass_drop_or_abort_within_their_bound(
 def drive(book: Playbook, chunks: list[bytes], ends: bool) -> bytes:
     out = b""
     for chunk in filter(None, chunks):
-        while book.chain.paused[SRC2DST] and book.chain.next_due() is not None:
+        while book.chain.paused[SRC2DST] and book.chain.timers.next_due() is not None:
             book.advance(1)
             out += book.take(SRC2DST)
         book.send(SRC2DST, chunk)

@@ -192,7 +192,7 @@ def test_streamline_delivers_several_blocks_and_an_empty_stream() -> None:
 def test_streamline_uses_chance_up_to_its_delay() -> None:
     for chance, moment in ((0.0, 0.0), (0.25, 0.5), (0.99, 1.98)):
         book = play(Streamline, buf_size=1, delay_read=2, chance=chance).open()
-        assert book.chain.next_due() == pytest.approx(moment)
+        assert book.chain.timers.next_due() == pytest.approx(moment)
 
 
 # --- sniff ----------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from tests.support.processes import alive
 from sluice.errors import LocalError
 from sluice.flow.reactor import Reactor
 from sluice.proxy.agent_end import AgentEnd
-from sluice.proxy.chain import Cause, FilterUse
 from sluice.proxy.far import ProgramEnd
 from sluice.proxy.filters.pass_ import Pass
 from sluice.proxy.filters.stop import StopSrc
 from sluice.proxy.flow import Flow, Settings
 from sluice.proxy.link import Call, Memory
 from sluice.proxy.schema import use_filter
+from sluice.proxy.stage import Cause, FilterUse
 from sluice.proxy.verdicts import DST2SRC, HOLD, PASS, PASS_REST, SRC2DST, Abort, Close, Replace
 
 BOTH = (SRC2DST, DST2SRC)

@@ -17,9 +17,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from sluice.proxy.chain import Cause
     from sluice.proxy.flow import Flow
     from sluice.proxy.link import Call
+    from sluice.proxy.stage import Cause
 
 MAX_LINE = 4096
 _SHOWN_ARGUMENT = 512

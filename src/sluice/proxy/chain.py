@@ -23,16 +23,14 @@ held than declared, bytes held at the end) fails the chain: nothing that was not
 
 from __future__ import annotations
 
-from sluice.proxy.link import Call, HeldTooMuchError, Memory, Tools
-from sluice.proxy.stage import EVENTS, Cause, FilterUse, Stage, allowed, where_raised
+from sluice.proxy.link import Call, HeldTooMuchError, Memory, Timers, Tools
+from sluice.proxy.stage import Cause, FilterUse, Stage, allowed, verdicts_of, where_raised
 from sluice.proxy.verdicts import (
     DIRECTIONS,
     DROP,
-    DST2SRC,
     HOLD,
     PASS,
     PASS_REST,
-    SRC2DST,
     Abort,
     Close,
     Direction,
@@ -48,16 +46,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from functools import partial
-    from typing import cast
 
     from sluice.proxy.verdicts import Answer, Bytes
 else:
     # The module functools costs a millisecond.
     from _functools import partial
-
-    def cast(_kind, value):
-        """Do nothing: a name for the type checker."""
-        return value
 
 
 NEW, OPENING, OPEN, FAILED, CLOSED = "new", "opening", "open", "failed", "closed"
@@ -94,9 +87,9 @@ class Chain:
         self.dropped = [0, 0]
         self.on_change: Callable[[], None] | None = None
         self.stages: list[Stage] = []
+        self.timers = Timers(clock)
         self._uses = uses
         self._path: tuple[list[Stage], list[Stage]] = ([], [])
-        self._timers: dict[tuple[Stage, str], float] = {}
         self._opening = 0
         self._to_finish: list[tuple[Stage, Direction]] = []
         self._busy = 0
@@ -131,19 +124,10 @@ class Chain:
             self._finish(direction, 0)
 
     def expire(self) -> None:
-        """Call the timers that are due by the clock, the earliest first.
-
-        One that is set meanwhile waits for the next time, even if it is due at once: a filter that
-        always wants to be called again does not keep everything else from happening.
-        """
-        now = self.clock()
-        due = [(when, place) for place, when in self._timers.items() if when <= now]
-        for when, place in sorted(due, key=_when):
-            if self.state not in (OPENING, OPEN) or self._timers.get(place) != when:
-                continue
-            del self._timers[place]
-            stage, key = place
-            self._outside(stage, "timer", partial(stage.filter.timer, key))
+        """Call the timers that are due by the clock, the earliest first."""
+        for stage, key in self.timers.due():
+            if self.state in (OPENING, OPEN):
+                self._outside(stage, "timer", partial(stage.filter.timer, key))
 
     def act(self, stage: Stage, verdicts: Iterable[Verdict]) -> None:
         """Carry out what a filter wants at a time of its own (``Link.act``)."""
@@ -176,7 +160,7 @@ class Chain:
         if self.state == CLOSED:
             return
         self.state = CLOSED
-        self._timers.clear()
+        self.timers.clear()
         for stage in self.stages:
             closed = getattr(stage.filter, "closed", None)
             if closed is not None:
@@ -185,20 +169,6 @@ class Chain:
                 except BaseException as error:
                     self._broken(stage.name, error)
             stage.release()
-
-    # --- timers -------------------------------------------------------------------------------
-
-    def set_timer(self, stage: Stage, key: str, delay: float) -> None:
-        """Make ``timer(key)`` of a filter due in ``delay`` seconds."""
-        self._timers[stage, key] = self.clock() + delay
-
-    def cancel_timer(self, stage: Stage, key: str) -> None:
-        """Forget a timer."""
-        self._timers.pop((stage, key), None)
-
-    def next_due(self) -> float | None:
-        """Return when, by the clock, ``expire`` has something to do; None for never."""
-        return min(self._timers.values()) if self._timers else None
 
     # --- opening ------------------------------------------------------------------------------
 
@@ -260,7 +230,7 @@ class Chain:
             if verdict is PASS or (verdict is PASS_REST and not decided):
                 result.append(piece)
             elif verdict is HOLD:
-                self._guard(stage, lambda: stage.held[direction].append(piece))
+                self._hold(stage, direction, piece)
             elif verdict is DROP:
                 self.dropped[direction] += len(piece)
             elif isinstance(verdict, Replace):
@@ -271,6 +241,13 @@ class Chain:
             if verdict is PASS_REST:
                 self._rest(stage, direction)
             decided = True
+
+    def _hold(self, stage: Stage, direction: Direction, piece: Bytes) -> None:
+        """Keep a piece for a filter, within the bound that it declares."""
+        try:
+            stage.held[direction].append(piece)
+        except HeldTooMuchError as error:
+            self._abort(stage, str(error), "filter-error")
 
     def _rest(self, stage: Stage, direction: Direction) -> None:
         """Ask a filter no more about a direction. What it holds must be gone."""
@@ -345,14 +322,7 @@ class Chain:
             return ()
         finally:
             self._busy -= 1
-        if isinstance(answer, Verdict):
-            verdicts: tuple[Verdict, ...] = (answer,)
-        elif answer is None and event in ("opened", "timer"):
-            verdicts = (PASS,) if event == "opened" else ()
-        elif isinstance(answer, tuple):
-            verdicts = answer
-        else:
-            verdicts = cast("tuple[Verdict, ...]", (answer,))
+        verdicts = verdicts_of(event, answer)
         for verdict in verdicts:
             if not allowed(event, verdict):
                 self._abort(stage, f"answered {verdict!r} to {event}", "filter-error")
@@ -425,13 +395,6 @@ class Chain:
 
     # --- failing ------------------------------------------------------------------------------
 
-    def _guard(self, stage: Stage, do: Callable[[], None]) -> None:
-        """Do something that may go over a bound of the filter."""
-        try:
-            do()
-        except HeldTooMuchError as error:
-            self._abort(stage, str(error), "filter-error")
-
     def _abort(self, stage: Stage, reason: str, kind: str) -> None:
         """Fail because of a filter: its own wish (126), or its defect (125)."""
         code = 126 if kind == "filter" else 125
@@ -448,26 +411,3 @@ class Chain:
         cause = Cause("filter-error", text, filter=name, exit_code=125)
         self.tools.log(f"{name}: {cause.reason}")
         self.fail(cause)
-
-
-def _when(due: tuple[float, tuple[Stage, str]]) -> float:
-    return due[0]
-
-
-__all__ = [
-    "CLOSED",
-    "DISCARD",
-    "DST2SRC",
-    "EVENTS",
-    "FAILED",
-    "INSPECT",
-    "NEW",
-    "OPEN",
-    "OPENING",
-    "SPLICE",
-    "SRC2DST",
-    "Cause",
-    "Chain",
-    "FilterUse",
-    "Stage",
-]

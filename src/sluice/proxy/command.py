@@ -6,7 +6,6 @@ import os
 
 from sluice.errors import ConfigError, LocalError
 from sluice.flow.reactor import Reactor
-from sluice.proxy.chain import Cause
 from sluice.proxy.far import ProgramEnd
 from sluice.proxy.link import Call
 from sluice.proxy.log import Log
@@ -14,12 +13,13 @@ from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.options import with_values
 from sluice.proxy.session import TROUBLE, Session, new_ident
 from sluice.proxy.signals import on_signals
+from sluice.proxy.stage import Cause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sluice.proxy.chain import FilterUse
+    from sluice.proxy.stage import FilterUse
 
 
 def run_command(

@@ -13,10 +13,10 @@ import marshal
 import os
 import sys
 
-from sluice.proxy.chain import FilterUse
 from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.options import with_values
 from sluice.proxy.paths import configuration_files
+from sluice.proxy.stage import FilterUse
 from sluice.runtime import add_site_packages
 
 TYPE_CHECKING = False

@@ -19,9 +19,9 @@ from sluice.proxy.verdicts import DIRECTIONS
 if TYPE_CHECKING:
     import asyncio
 
-    from sluice.proxy.chain import Cause
     from sluice.proxy.flow import Flow
     from sluice.proxy.link import Call
+    from sluice.proxy.stage import Cause
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600, 3600)
 _MAX_REQUEST = 8192

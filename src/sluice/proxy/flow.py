@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from sluice.errors import SluiceError
 from sluice.flow.endpoint import Endpoint, close_fd
-from sluice.proxy.chain import FAILED, OPEN, Cause, Chain
+from sluice.proxy.chain import FAILED, OPEN, Chain
 from sluice.proxy.link import Call, Memory, Tools
+from sluice.proxy.stage import Cause
 from sluice.proxy.stream import Stream
 from sluice.proxy.verdicts import DST2SRC, SRC2DST, Direction
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sluice.flow.reactor import Handle, Loop
-    from sluice.proxy.chain import FilterUse
     from sluice.proxy.far import FarEnd
+    from sluice.proxy.stage import FilterUse
 
 KILL_AFTER = 2.0
 # How long a far end may go on once its source is gone.
@@ -197,7 +198,7 @@ class Flow:
             self._shown_paused = self.chain.paused[:]
             # Now, not in the next round: what was closed or aborted lets nothing more pass.
             self.settle()
-        elif self.chain.next_due() != self._timer_due:
+        elif self.chain.timers.next_due() != self._timer_due:
             self._arm()
         stream.update()
 
@@ -213,7 +214,7 @@ class Flow:
 
     def _arm(self) -> None:
         """Keep one timer of the loop at the chain's next time."""
-        due = self.chain.next_due()
+        due = self.chain.timers.next_due()
         if due == self._timer_due:
             return
         if self._timer is not None:

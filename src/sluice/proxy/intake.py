@@ -13,12 +13,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sluice.errors import ConfigError, LocalError, RemoteError
-from sluice.proxy.chain import Cause
 from sluice.proxy.handover import TAKEN, decode_request, encode_end, receive_request
 from sluice.proxy.log import WARNING
 from sluice.proxy.model import RefusedError
 from sluice.proxy.names import MAX_ARGUMENT, PROXY_SERVICE
 from sluice.proxy.session import TROUBLE, named_call
+from sluice.proxy.stage import Cause
 
 if TYPE_CHECKING:
     import asyncio

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from sluice.errors import ConfigError
-from sluice.proxy.chain import FilterUse
 from sluice.proxy.configuration import read_json
 from sluice.proxy.loader import Filters
 from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.names import is_valid_chain_name
 from sluice.proxy.plugin_files import plugin_file
 from sluice.proxy.schema import FieldError, show_value, suggest, use_filter
+from sluice.proxy.stage import FilterUse
 
 # The ordinary ends of a call, in the words of the earlier proxy.
 DEFAULT_END = "default"

@@ -12,7 +12,7 @@ from sluice.errors import ResourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from sluice.flow.reactor import Loop
@@ -152,6 +152,48 @@ class Held:
         return bytes(self._bytes if size < 0 else self._bytes[:size])
 
 
+class Timers:
+    """The timers of one chain: for each filter and key when, by the chain's clock, it is due."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Take the clock."""
+        self._clock = clock
+        self._timers: dict[tuple[Stage, str], float] = {}
+
+    def set(self, stage: Stage, key: str, delay: float) -> None:
+        """Make ``timer(key)`` of a filter due in ``delay`` seconds."""
+        self._timers[stage, key] = self._clock() + delay
+
+    def cancel(self, stage: Stage, key: str) -> None:
+        """Forget a timer."""
+        self._timers.pop((stage, key), None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._timers.clear()
+
+    def next_due(self) -> float | None:
+        """Return when the next one is due; None for never."""
+        return min(self._timers.values()) if self._timers else None
+
+    def due(self) -> Iterator[tuple[Stage, str]]:
+        """Take out those that are due, the earliest first, one by one.
+
+        One that is set meanwhile waits for the next time, even if it is due at once: a filter that
+        always wants to be called again does not keep everything else from happening.
+        """
+        now = self._clock()
+        due = [(when, place) for place, when in self._timers.items() if when <= now]
+        for when, place in sorted(due, key=_when):
+            if self._timers.get(place) == when:
+                del self._timers[place]
+                yield place
+
+
+def _when(due: tuple[float, tuple[Stage, str]]) -> float:
+    return due[0]
+
+
 class Link:
     """What one filter of one call can see and do. Made by the chain; methods never block."""
 
@@ -177,11 +219,11 @@ class Link:
 
     def set_timer(self, key: str, delay: float) -> None:
         """Let ``timer(key)`` be called in ``delay`` seconds; a running one of that key is moved."""
-        self._chain.set_timer(self._stage, key, delay)
+        self._chain.timers.set(self._stage, key, delay)
 
     def cancel_timer(self, key: str) -> None:
         """Forget the timer of that key, if it runs."""
-        self._chain.cancel_timer(self._stage, key)
+        self._chain.timers.cancel(self._stage, key)
 
     def held(self, direction: Direction) -> Held:
         """Return the bytes of a direction that this filter holds."""

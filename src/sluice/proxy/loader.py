@@ -20,9 +20,8 @@ from types import ModuleType
 from typing import Any
 
 from sluice.errors import ConfigError
-from sluice.proxy.chain import EVENTS
 from sluice.proxy.schema import fields_of, suggest
-from sluice.proxy.stage import directions
+from sluice.proxy.stage import EVENTS, directions
 
 GROUP = "sluice.filters"
 # name -> "module:class" below sluice.proxy.filters.

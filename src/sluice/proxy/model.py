@@ -12,8 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Literal
 
-    from sluice.proxy.chain import FilterUse
     from sluice.proxy.link import Call
+    from sluice.proxy.stage import FilterUse
 
 ANY = "any"
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sluice.proxy.chain import FAILED, OPEN, Cause, Chain, FilterUse
+from sluice.proxy.chain import FAILED, OPEN, Chain
 from sluice.proxy.link import Call, Memory, Tools
+from sluice.proxy.stage import Cause, FilterUse
 from sluice.proxy.verdicts import DST2SRC, SRC2DST, Direction, Verdict
 
 Event = Callable[["Playbook"], None]
@@ -101,7 +102,7 @@ class Playbook:
         """Let time pass; each timer is called at its own moment."""
         until = self.now + seconds
         while True:
-            due = self.chain.next_due()
+            due = self.chain.timers.next_due()
             if due is None or due > until or self.chain.state == FAILED:
                 break
             self.now = max(self.now, due)

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sluice.errors import SluiceError
-from sluice.proxy.chain import Cause, FilterUse
 from sluice.proxy.flow import GONE_GRACE, KILL_AFTER, Flow, Settings
 from sluice.proxy.link import Call, Memory, Tools
 from sluice.proxy.plugins_package import AbortException, PipeReader, PipeWriter
+from sluice.proxy.stage import Cause, FilterUse
 
 if TYPE_CHECKING:
     from sluice.proxy.far import FarEnd

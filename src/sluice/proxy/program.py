@@ -11,11 +11,11 @@ import sys
 
 from sluice.errors import ConfigError, LocalError, SluiceError
 from sluice.flow.reactor import Reactor
-from sluice.proxy.chain import Cause
 from sluice.proxy.log import ERROR, Log
 from sluice.proxy.paths import configuration_files, old_installation, state_directory
 from sluice.proxy.session import TROUBLE, Session, named_call
 from sluice.proxy.signals import on_signals
+from sluice.proxy.stage import Cause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ import msgspec
 
 from sluice.errors import ConfigError
 from sluice.proxy import options as kinds
-from sluice.proxy.chain import FilterUse
 from sluice.proxy.options import OptionError, with_values
-from sluice.proxy.stage import where_raised
+from sluice.proxy.stage import FilterUse, where_raised
 from sluice.proxy.units import parse_duration, parse_size, show_duration, show_size
 
 _Size: Any = kinds.Size

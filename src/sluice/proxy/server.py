@@ -26,7 +26,6 @@ from typing import Any
 
 from sluice.errors import ConfigError, LocalError, SluiceError
 from sluice.proxy import sockets
-from sluice.proxy.chain import Cause
 from sluice.proxy.configuration import load
 from sluice.proxy.control import ControlServer
 from sluice.proxy.intake import PATIENCE, Intake
@@ -39,6 +38,7 @@ from sluice.proxy.reload import Watcher, directories
 from sluice.proxy.service_check import skips_descriptor
 from sluice.proxy.session import Session
 from sluice.proxy.settings import parse_address
+from sluice.proxy.stage import Cause
 from sluice.proxy.systemd import Notifier, listen_fds
 from sluice.proxy.underway import Calls
 

@@ -11,7 +11,6 @@ import os
 from sluice.errors import ConfigError, LocalError, SluiceError
 from sluice.flow.endpoint import close_fd
 from sluice.proxy.audit import Audit, record_of, refusal
-from sluice.proxy.chain import Cause
 from sluice.proxy.far import ProgramEnd, client_end, find_client
 from sluice.proxy.flow import GONE_GRACE, Flow, Settings
 from sluice.proxy.link import Call, Memory, Tools
@@ -19,6 +18,7 @@ from sluice.proxy.log import WARNING, Log
 from sluice.proxy.model import RefusedError
 from sluice.proxy.names import is_valid_source, parse_call_name
 from sluice.proxy.paths import audit_file, state_directory
+from sluice.proxy.stage import Cause
 from sluice.proxy.unfinished import Unfinished
 from sluice.proxy.worker_end import WorkerEnd, needs_process
 

@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from sluice.proxy.chain import FilterUse
 from sluice.proxy.model import ChainConfig
 from sluice.proxy.schema import fields_of, show_type, show_value
+from sluice.proxy.stage import FilterUse
 
 WIDTH = 80
 

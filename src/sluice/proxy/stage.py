@@ -172,6 +172,18 @@ def allowed(event: str, verdict: object) -> bool:
     return verdict in values or isinstance(verdict, kinds)
 
 
+def verdicts_of(event: str, answer: Any) -> tuple[Verdict, ...]:
+    """Return what a filter answered as a tuple; ``allowed`` tells whether each is a verdict.
+
+    None is taken as it is meant: the call may begin; the timer had nothing to do.
+    """
+    if isinstance(answer, tuple):
+        return answer
+    if answer is None and event in ("opened", "timer"):
+        return (PASS,) if event == "opened" else ()
+    return (answer,)
+
+
 def where_raised(error: BaseException) -> str:
     """Return `` at FILE:LINE`` of the innermost place outside of the proxy's own machinery."""
     trace = error.__traceback__

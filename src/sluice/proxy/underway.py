@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sluice.proxy.chain import Cause
+from sluice.proxy.stage import Cause
 from sluice.wire.names import escape
 
 if TYPE_CHECKING:

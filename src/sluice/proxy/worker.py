@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from sluice.errors import ConfigError, SluiceError
 from sluice.flow import hangup
 from sluice.flow.selector import run
-from sluice.proxy.chain import Cause, FilterUse
 from sluice.proxy.far import ProgramEnd
 from sluice.proxy.flow import KILL_AFTER, Flow, Settings
 from sluice.proxy.link import Call, Memory, Tools
@@ -35,6 +34,7 @@ from sluice.proxy.plugin_end import DestinationEnd, FlowEnd, PluginEnd, SourceRu
 from sluice.proxy.plugin_files import CLASSES
 from sluice.proxy.plugins_package import Meta, get_logger, install
 from sluice.proxy.session import ordinary_end
+from sluice.proxy.stage import Cause, FilterUse
 from sluice.proxy.worker_end import JOB, REPORT
 from sluice.wire.names import escape
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import sys
 
-from sluice.proxy.chain import Cause
 from sluice.proxy.far import ProgramEnd
+from sluice.proxy.stage import Cause
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sluice.flow.reactor import Loop
-    from sluice.proxy.chain import FilterUse
     from sluice.proxy.link import Call
     from sluice.proxy.model import ChainConfig, ProxySettings
+    from sluice.proxy.stage import FilterUse
 
 PROGRAM = "sluice-proxy-worker"
 # Descriptors of the worker: where it reports, and what it is to do.

@@ -10,8 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 
-    from sluice.proxy.chain import Cause
     from sluice.proxy.link import Call, Link
+    from sluice.proxy.stage import Cause
     from sluice.proxy.verdicts import Answer
 
 _LOOK = 0.1

@@ -7,8 +7,8 @@ from sluice.proxy.verdicts import CONTINUE, DST2SRC, SRC2DST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from sluice.proxy.chain import Cause
     from sluice.proxy.link import Call, Link
+    from sluice.proxy.stage import Cause
     from sluice.proxy.verdicts import Answer
 
 

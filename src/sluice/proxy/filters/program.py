@@ -25,8 +25,8 @@ from sluice.proxy.verdicts import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from sluice.proxy.chain import Cause
     from sluice.proxy.link import Call, Link
+    from sluice.proxy.stage import Cause
     from sluice.proxy.verdicts import Answer
 
 # Output is not read while so many bytes wait for a slow reader.
