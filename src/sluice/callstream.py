@@ -82,9 +82,9 @@ class Call:
         self._from_service = -1
         self._errors = bytearray()
         self._over: asyncio.Future[int] = self._loop.create_future()
-        # Whoever waits for a pipe now; sends under way, and whether the end is to follow them;
+        # Who waits for which pipe now; sends under way, and whether the end is to follow them;
         # whether output was left behind.
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: dict[asyncio.Future[None], int] = {}
         self._sending = 0
         self._eof_due = False
         self._left = False
@@ -138,8 +138,7 @@ class Call:
                 await self._ready(self._from_service, writing=False)
                 continue
             if not data:
-                os.close(self._from_service)
-                self._from_service = -1
+                self._close_output()
             return data
         if self._left:
             raise CallLost(f"{self._name}: given up", 255)
@@ -165,40 +164,43 @@ class Call:
         return await asyncio.shield(self._over)
 
     async def _ready(self, fd: int, *, writing: bool) -> None:
-        """Wait until ``fd`` can be read or written."""
+        """Wait until ``fd`` can be read or written; several tasks may."""
         waiter: asyncio.Future[None] = self._loop.create_future()
-
-        def fire() -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
         if writing:
-            self._loop.add_writer(fd, fire)
+            self._loop.add_writer(fd, self._wake, fd)
         else:
-            self._loop.add_reader(fd, fire)
-        self._waiting.add(waiter)
+            self._loop.add_reader(fd, self._wake, fd)
+        self._waiting[waiter] = fd
         try:
             await waiter
         finally:
-            self._waiting.discard(waiter)
+            del self._waiting[waiter]
             # Not where it was closed meanwhile: the number may be somebody else's.
-            if writing and fd == self._to_service:
-                self._loop.remove_writer(fd)
-            elif not writing and fd == self._from_service:
-                self._loop.remove_reader(fd)
+            if fd not in self._waiting.values():
+                if writing and fd == self._to_service:
+                    self._loop.remove_writer(fd)
+                elif not writing and fd == self._from_service:
+                    self._loop.remove_reader(fd)
 
-    def _wake(self) -> None:
+    def _wake(self, fd: int) -> None:
         """Have whoever waits for a pipe look at it again."""
-        for waiter in self._waiting:
-            if not waiter.done():
+        for waiter, waits_for in self._waiting.items():
+            if waits_for == fd and not waiter.done():
                 waiter.set_result(None)
 
     def _close_input(self) -> None:
         if self._to_service >= 0:
             self._loop.remove_writer(self._to_service)
             os.close(self._to_service)
+            self._wake(self._to_service)
             self._to_service = -1
-            self._wake()
+
+    def _close_output(self) -> None:
+        if self._from_service >= 0:
+            self._loop.remove_reader(self._from_service)
+            os.close(self._from_service)
+            self._wake(self._from_service)
+            self._from_service = -1
 
     def _finish(self, status: int | None, error: Exception | None = None) -> None:
         if self._over.done():
@@ -216,11 +218,7 @@ class Call:
         self._close()
         self._left = self._left or self._to_service >= 0 or self._from_service >= 0
         self._close_input()
-        if self._from_service >= 0:
-            self._loop.remove_reader(self._from_service)
-            os.close(self._from_service)
-            self._from_service = -1
-        self._wake()
+        self._close_output()
         self._finish(None, CallLost(f"{self._name}: given up", 255))
 
     def _take_pipes(self) -> tuple[int, int]:

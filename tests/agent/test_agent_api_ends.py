@@ -79,6 +79,22 @@ def test_waiting_does_not_cut_off_what_another_task_sends(place: Place) -> None:
     assert bytes(reader.received) == BIG
 
 
+def test_two_tasks_send_and_two_receive(place: Place) -> None:
+    reader = Reader()
+    service = Service(place, reader)
+
+    async def main() -> None:
+        async with sluice.open_call("vault", "s", agent_socket=str(place.agent_socket)) as call:
+            sending = asyncio.gather(call.send(BIG), call.send(BIG))
+            assert await asyncio.gather(call.receive(), call.receive()) == [b"", b""]
+            await sending
+            assert await call.wait() == 0
+
+    soon(main())
+    service.check()
+    assert len(reader.received) == 2 * len(BIG)
+
+
 class Idle:
     """A service that neither reads nor writes until its caller has gone."""
 
