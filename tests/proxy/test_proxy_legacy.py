@@ -328,7 +328,8 @@ def test_import_gives_the_same_chains_in_toml(old: Old) -> None:
         new = after.chains[name]
         assert [(u.cls, u.values) for u in new.uses] == [(u.cls, u.values) for u in chain.uses]
         assert (new.legacy is None) == (chain.legacy is None)
-        assert not new.require_exit_code and new.services == new.targets == "any"
+        assert not new.require_exit_code and not chain.require_exit_code
+        assert new.services == new.targets == "any"
     listed = CliRunner().invoke(main, ["proxy", "chains", "--config", str(target)]).output
     assert "letter, byte-limit, caesar, caesar, letter" in " ".join(listed.split())
     one, two = before.chains["own"].legacy, after.chains["own"].legacy

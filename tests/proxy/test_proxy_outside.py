@@ -190,6 +190,7 @@ def call(number, *args):
     if libc.syscall(number, *args) < 0:
         raise OSError(ctypes.get_errno())
 attempt("ptrace", lambda: call(101, 16, os.getppid(), 0, 0))
+attempt("traceme", lambda: call(101, 0, 0, 0, 0))  # Landlock would let it
 attempt("unshare", lambda: call(272, 0x10000000))
 attempt("clone", lambda: call(56, 0x10000000 | 17, 0, 0, 0, 0))
 attempt("mount", lambda: call(165, b"none", b"/tmp", b"tmpfs", 0, 0))
@@ -211,6 +212,16 @@ def test_confined_it_has_no_network_no_tracing_no_namespaces_no_signals(qube: Vm
     command = f"['/usr/bin/python3', '-IS', '{script}', '{os.getpid()}']"
     qube.chain("net", f"{{ use = 'program', src2dst = {command}, read = ['{script}'] }}")
     assert qube.call("net+vault+mirror").stdout == b"tried\n"
+
+
+@confines
+@pytest.mark.spec("PROXY-047")
+def test_confined_its_size_is_limited(qube: Vm) -> None:
+    qube.chain(
+        "size", f"{{ use = 'program', src2dst = {shell('ulimit -c; ulimit -n; ulimit -v')} }}"
+    )
+    limits = qube.call("size+vault+mirror").stdout.split()
+    assert [int(limit) for limit in limits] == [0, confine.DESCRIPTORS, confine.MEMORY >> 10]
 
 
 @confines
