@@ -17,7 +17,7 @@ from sluice.proxy.loader import Filters
 from sluice.proxy.model import ChainConfig, Configuration, ProxySettings
 from sluice.proxy.names import is_valid_chain_name
 from sluice.proxy.plugin_files import plugin_file
-from sluice.proxy.schema import FieldError, show_value, suggest, use_filter
+from sluice.proxy.schema import FieldError, did_you_mean, show_value, use_filter
 from sluice.proxy.stage import FilterUse
 
 # The ordinary ends of a call, in the words of the earlier proxy.
@@ -60,8 +60,7 @@ def _chain(
         (entry, ("plugins", "config", "description"), ""),
         (config, (*plugins, "src_plugin", "dst_plugin"), "config."),
     ):
-        key, hint = misspelt(table, known)
-        if hint is not None:
+        for key, hint in misspelt(table, known):
             raise wrong(prefix + key, "unknown key", hint)
     directories = plugin_directories(path, settings)
     ends, middle = split_ends(plugins, directories)
@@ -145,17 +144,16 @@ def plugin_directories(path: str, settings: ProxySettings) -> list[str]:
     return [directory for directory in found if os.path.isdir(directory)]
 
 
-def misspelt(given: dict[str, Any], known: tuple[str, ...]) -> tuple[str, str | None]:
-    """Return a key that means nothing but is nearly one that does, and which one; else None.
+def misspelt(given: dict[str, Any], known: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield the keys that mean nothing but nearly do, each with what it may be meant for.
 
     The earlier program ignored whatever it did not know, and files may rely on it.
     """
     for key in given:
         meant = key in known or key in EARLIER or key.isdigit()
-        hint = None if meant else suggest(key, known)
-        if hint is not None and hint.startswith("did you mean"):
-            return key, hint
-    return "", None
+        hint = None if meant else did_you_mean(key, known)
+        if hint is not None:
+            yield key, hint
 
 
 def options_of(config: dict[str, Any], place: int, plugin: str) -> Any:

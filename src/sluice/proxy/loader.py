@@ -8,7 +8,6 @@ names its file and line.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from sluice.errors import ConfigError
-from sluice.proxy.schema import fields_of, suggest
+from sluice.proxy.schema import did_you_mean, fields_of, suggest
 from sluice.proxy.stage import EVENTS, directions
 
 GROUP = "sluice.filters"
@@ -226,10 +225,9 @@ def _attribute_problem(cls: type[Any]) -> tuple[str, str | None, int | None] | N
             if problem:
                 return problem, None, _line(value)
         elif attribute not in ATTRIBUTES:
-            known = (*EVENTS, *ATTRIBUTES)
-            near = difflib.get_close_matches(attribute, known, 1, 0.6)
+            near = did_you_mean(attribute, (*EVENTS, *ATTRIBUTES))
             if callable(value) or near:
-                hint = f"did you mean '{near[0]}'?" if near else "name helpers with a leading _"
+                hint = near or "name helpers with a leading _"
                 return f"unknown event '{attribute}' in filter", hint, _line(value)
     name = public.get("name")
     if not isinstance(name, str) or not name.replace("-", "").isalnum() or name != name.lower():

@@ -52,14 +52,18 @@ class FieldError(ConfigError):
         self.hint = hint
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """Return ``did you mean 'x'?`` for the nearest known name; None where none is near."""
+    near = difflib.get_close_matches(word, sorted(known), 1, 0.6)
+    return f"did you mean '{near[0]}'?" if near else None
+
+
 def suggest(word: str, known: Iterable[str]) -> str | None:
     """Return ``did you mean 'x'?`` for the nearest known name, or a list of what there is."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, 1, 0.6)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    if not names:
-        return None
+    near = did_you_mean(word, names)
+    if near is not None or not names:
+        return near
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}"
 
@@ -129,9 +133,9 @@ def convert(field: Field, value: Any) -> Any:
         hint = f"it takes {show_type(field.type)}"
         known = [choice for choice in _choices(field.type) if isinstance(choice, str)]
         if known and isinstance(value, str):
-            near = suggest(value, known) or hint
-            whole = typing.get_origin(field.type) is Literal or near.startswith("did you")
-            hint = near if whole else hint
+            # Where other values are good as well, a list of the words would not be all.
+            advise = suggest if typing.get_origin(field.type) is Literal else did_you_mean
+            hint = advise(value, known) or hint
             text = f"'{value}' is not one of its values"
         raise FieldError(field.name + place, text, hint) from None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sluice.errors import ConfigError
-from sluice.proxy.schema import suggest
+from sluice.proxy.schema import did_you_mean
 from sluice.proxy.units import show_duration, show_size
 
 _LOGS = ("auto", "journal", "syslog", "stderr")
@@ -38,10 +38,8 @@ def mistakes(values: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], st
     for name, words in _WORDS.items():
         value = values.get(name, words[0])
         if value not in words and not os.path.isabs(value):
-            known = suggest(value, words) if any(words) else None
-            if known is None or not known.startswith("did you"):
-                known = "write an absolute path"
-            yield (name,), f"'{value}' is no absolute path", known
+            hint = did_you_mean(value, words) or "write an absolute path"
+            yield (name,), f"'{value}' is no absolute path", hint
     for name in ("filters", "legacy_plugins"):
         for place, directory in enumerate(values.get(name, [])):
             if not os.path.isdir(directory):
