@@ -98,7 +98,7 @@ _ADVICE: list[tuple[re.Pattern[str], _Advice]] = [
         (r"invalid action: (.*)", _action),
         (r"invalid action parameter syntax: '(.*)'", _word),
         (r"invalid parameters for action (\w+): (.*)", _options),
-        (r"allow action for @default", "where should a call go that names no target?"),
+        (r"allow action for @default", "add target=NAME: where a call goes that names no target"),
         (r"invalid directive", f"a line with ! is one of {', '.join(_USAGE)}"),
         (r"invalid number of params", _parameters),
         (r"not a (?:file|directory)", "a relative path begins at the policy directory"),

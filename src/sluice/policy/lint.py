@@ -226,9 +226,11 @@ def _services(
     if alike is not None:
         yield at(rule, "unknown-service", f"service {rule.service}: did you mean {alike}?")
     elif known is not None and rule.service not in known:
-        classes = _classes_of_ends(rule, info)
-        # What the domains of another machine offer is not known here.
-        if classes != {"RemoteVM"} if everywhere else classes == {"AdminVM"}:
+        ends = _classes_of_ends(rule, info)
+        # What the domains of another machine offer is not known here; or, where only the services
+        # of dom0 are, what any other domain offers.
+        surely_missing = ends != {"RemoteVM"} if everywhere else ends == {"AdminVM"}
+        if surely_missing:
             yield at(rule, "unknown-service", f"no service {rule.service} is known")
 
 
