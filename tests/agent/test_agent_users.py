@@ -22,6 +22,7 @@ from tests.support.agent import (
     code,
     streams,
 )
+from tests.support.processes import seen
 
 from sluice.agent import users
 from sluice.service.command import ServiceError
@@ -262,6 +263,31 @@ def test_endings_of_calls_in_pam_sessions(pam_agent: AgentUnderTest) -> None:
     wire = agent.call(b"root:kill -USR1 $QREXEC_AGENT_PID; echo moved >&0; exec >&-", port=1100)
     messages = wire.rest()
     assert streams(messages, STDOUT) == b"moved\n" and code(messages) == 0
+
+
+@as_root
+@pytest.mark.spec("WIRE-254")
+def test_what_runs_in_a_pam_session_ends_with_its_caller(pam_agent: AgentUnderTest) -> None:
+    """Also what only heeds SIGTERM, though the command itself ends before. Then PAM hears of it."""
+    agent = pam_agent
+    script = b"(trap '' HUP; exec sleep 1000) & echo $!; sleep 1000 & echo $! $$; sleep 1000"
+    wire = agent.call(b"root:: hangup; " + script)
+    said = b""
+    while said.count(b"\n") < 2:
+        message = wire.next()
+        assert message is not None and message[0] == STDOUT
+        said += message[1]
+    processes = seen(map(int, said.split()))
+    assert len(processes) == 3
+    wire.close()
+    try:
+        agent.terminated(43, 1024)
+        assert not any(process.alive() for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    log = (agent.place.path / "sessions").read_text().splitlines()
+    assert log == ["open_session root", "close_session root"]
 
 
 @as_root

@@ -8,7 +8,8 @@ Theory. PAM belongs to one process from the start of a transaction to its end, a
 do anything to that process; so each call has a helper of its own, which waits for the service and
 then closes the session, as login programs do. The service is a child that has dropped to the user;
 here a fork is right, since the helper is small and alone. While it waits the helper keeps none of
-the service's streams open, or nobody would see them end. docs/spec/wire-protocol.md 9.3.1.
+the service's streams open, or nobody would see them end. The service's session is not the helper's:
+what the agent signals the helper with is handed on. docs/spec/wire-protocol.md 9.1.1, 9.3.1.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import ctypes
 import ctypes.util
 import os
 import pwd
+import signal
 import sys
+import time
 
 from sluice.agent.processes import exit_status
+from sluice.agent.sessions import members, signal_all
 from sluice.errors import LocalError
 from sluice.service.start import RESET_SIGNALS
 from sluice.wire.messages import EXIT_FAILURE, EXIT_NOT_FOUND
@@ -33,6 +37,8 @@ PAM_ESTABLISH_CRED = 0x2
 PAM_DELETE_CRED = 0x4
 PAM_RHOST = 4
 PAM_TTY = 3
+# Seconds after the first signal in which all must have ended: the agent kills us a little later.
+LAST = 8
 
 _CONVERSE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
@@ -161,7 +167,25 @@ def _run_inside(
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    return exit_status(os.waitpid(child, 0)[1])
+    return _wait(child)
+
+
+def _wait(child: int) -> int:
+    """Return the status of the child; when we are told to end, end all of its session first."""
+    told: list[int] = []
+
+    def hand_on(number: int, _frame: object) -> None:
+        if not told:
+            signal.alarm(LAST)
+        told.append(number)
+        signal_all(child, signal.SIGKILL if number == signal.SIGALRM else number)
+
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, hand_on)
+    status = exit_status(os.waitpid(child, 0)[1])
+    while told and members(child):
+        time.sleep(0.05)  # what has not heeded the first signal hears the next
+    return status
 
 
 def _become(
@@ -182,10 +206,8 @@ def _become(
             os.chdir(home)
         except OSError:
             pass
-        import _signal  # type: ignore[import-not-found]  # it has no stub
-
         for number in RESET_SIGNALS:
-            _signal.signal(number, _signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
         os.execve(program, argv, environment)
     except OSError as error:
         if isinstance(error, FileNotFoundError):

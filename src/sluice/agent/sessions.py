@@ -36,16 +36,19 @@ def members(session: int) -> list[int]:
     return found
 
 
-def hang_up(loop: Loop, session: int, steps: tuple[tuple[int, float], ...] = STEPS) -> None:
-    """Signal all processes of a session, and again as long as there are any, by ``steps``."""
+def signal_all(session: int, number: int) -> bool:
+    """Signal all processes of a session; tell whether there was any."""
     pids = members(session)
-    if not pids or not steps:
-        return
-    number, seconds = steps[0]
     for pid in pids:
         for each in (number, CONTINUE):
             try:  # noqa: SIM105
                 os.kill(pid, each)
             except OSError:
                 pass  # ended meanwhile, or has become somebody else
-    loop.call_later(seconds, hang_up, loop, session, steps[1:])
+    return bool(pids)
+
+
+def hang_up(loop: Loop, session: int, steps: tuple[tuple[int, float], ...] = STEPS) -> None:
+    """Signal all processes of a session, and again as long as there are any, by ``steps``."""
+    if steps and signal_all(session, steps[0][0]):
+        loop.call_later(steps[0][1], hang_up, loop, session, steps[1:])
