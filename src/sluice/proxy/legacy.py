@@ -8,7 +8,7 @@ aliases of ours. Where a chain names a plugin that is no filter of ours, it must
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sluice.errors import ConfigError
@@ -51,17 +51,7 @@ def _chain(
 
     if not is_valid_chain_name(name):
         raise ConfigError("illegal name of a chain", file=path, key=name)
-    plugins, config = entry.get("plugins", []), entry.get("config", {})
-    if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
-        raise wrong("plugins", "must be a list of names")
-    if not isinstance(config, dict):
-        raise wrong("config", "must be an object")
-    for table, known, prefix in (
-        (entry, ("plugins", "config", "description"), ""),
-        (config, (*plugins, "src_plugin", "dst_plugin"), "config."),
-    ):
-        for key, hint in misspelt(table, known):
-            raise wrong(prefix + key, "unknown key", hint)
+    plugins, config = _parts(entry, wrong)
     directories = plugin_directories(path, settings)
     ends, middle = split_ends(plugins, directories)
     uses: list[FilterUse] = []
@@ -99,6 +89,22 @@ def _chain(
         imported=True,
         legacy=legacy,
     )
+
+
+def _parts(
+    entry: dict[str, Any], wrong: Callable[..., ConfigError]
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of plugins and the options of a chain, seen to be such."""
+    plugins, config = entry.get("plugins", []), entry.get("config", {})
+    if not isinstance(plugins, list) or not all(isinstance(p, str) for p in plugins):
+        raise wrong("plugins", "must be a list of names")
+    if not isinstance(config, dict):
+        raise wrong("config", "must be an object")
+    for key, hint in misspelt(entry, ("plugins", "config", "description")):
+        raise wrong(key, "unknown key", hint)
+    for key, hint in misspelt(config, (*plugins, "src_plugin", "dst_plugin")):
+        raise wrong(f"config.{key}", "unknown key", hint)
+    return plugins, config
 
 
 def legacy_parts(
