@@ -21,6 +21,7 @@ from sluice.cli.cp import split
 from sluice.cli.escapes import EscapeFilter
 from sluice.cli.log import render, wanted
 from sluice.cli.main import LAZY, main
+from sluice.cli.shell import Outlet
 from sluice.domains.system_file import load
 from sluice.policy.files import PolicyStore
 
@@ -343,6 +344,18 @@ def test_init_writes_a_system_that_loads(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["init", "--root", str(tmp_path)])
     assert again.exit_code == 125
     assert "there is a system already" in again.output
+
+
+def test_what_is_held_for_a_domain_goes_with_the_pipe() -> None:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    outlet = Outlet(os.fdopen(writing, "wb"))
+    while not outlet.held:
+        outlet.send(TYPED, bytes(16384))
+    outlet.close()
+    outlet.send(WINDOW, SIZE.pack(1, 1))
+    assert not outlet.held
+    outlet.close()
+    os.close(reading)
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

@@ -119,15 +119,14 @@ def relay(argv: list[str], escapes: EscapeFilter | None) -> int:
                     to_domain.send(TYPED, typed)
                 else:
                     watched.remove(0)  # our terminal is gone; theirs goes with the call
-                    process.stdin.close()
+                    to_domain.close()
             if from_domain in readable:
                 shown = os.read(from_domain, 65536)
                 if shown:
                     write_all(1, escapes.feed(shown) if escapes else shown)
                 else:
                     watched.remove(from_domain)
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # a second time does nothing
+        to_domain.close()
         status = process.wait()
     signal.set_wakeup_fd(-1)
     os.close(wake_read)
@@ -139,7 +138,7 @@ class Outlet:
     """The pipe to the domain: takes frames, holds what the pipe does not, never waits."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
-        """Take the pipe, which the owner closes."""
+        """Take the pipe, which is ours to close."""
         os.set_blocking(pipe.fileno(), False)
         self._pipe = pipe
         self.held = bytearray()
@@ -158,3 +157,8 @@ class Outlet:
             pass
         except BrokenPipeError:
             self.held.clear()
+
+    def close(self) -> None:
+        """Let the domain see the end, and drop what is held. May be repeated."""
+        self.held.clear()
+        self._pipe.close()
