@@ -1,4 +1,4 @@
-"""The resident form: server, launcher, raw socket, ends, reload, bounds."""
+"""The resident form: server, launcher, raw socket, what there is to see."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ import contextlib
 import http.client
 import json
 import os
-import signal
 import socket
 import struct
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.ports import free_port
 from tests.support.processes import alive
-from tests.support.proxy import chain_text, eventually
-from tests.support.proxy_server import COMMAND, Resident, left_over, read_all, resident
+from tests.support.proxy import eventually
+from tests.support.proxy_server import (
+    COMMAND,
+    RAW,
+    Resident,
+    left_over,
+    read_all,
+    refused,
+    resident,
+)
 
 from sluice.errors import ConfigError, LocalError
-from sluice.proxy import systemd
 from sluice.proxy.control import ControlClient
 from sluice.proxy.handover import encode_request
 from sluice.proxy.server import Server
 from sluice.proxy.settings import parse_address
 
-RAW = 'services = "any"\ntargets = "any"\nrequire_exit_code = false\n'
 LEAVE = """
 import sys
 from sluice.proxy.verdicts import SRC2DST
@@ -61,15 +64,6 @@ def server() -> Iterator[Resident]:
         made.qube.chain("short", "{ use = 'byte-limit', src2dst = 5 }", rules=RAW)
         made.start()
         yield made
-
-
-def refused(server: Resident, text: bytes) -> bool:
-    """Tell whether the raw socket closes the connection without a byte."""
-    try:
-        with server.raw(text) as sock:
-            return sock.recv(100) == b""
-    except (BrokenPipeError, ConnectionResetError):
-        return True
 
 
 def last_record(server: Resident) -> dict[str, object]:
@@ -323,210 +317,6 @@ def test_a_launchers_message_must_be_whole_and_have_two_descriptors(server: Resi
     eventually(lambda: server.descriptors() <= before)
 
 
-# --- systemd ----------------------------------------------------------------------------------
-
-_ACTIVATE = """
-import os, socket, sys
-directory = sys.argv[1]
-names = []
-for number, (name, kind) in enumerate((("launcher", 5), ("raw", 1)), 3):
-    sock = socket.socket(socket.AF_UNIX, kind)
-    sock.bind(f"{directory}/{name}.sock")
-    sock.listen(8)
-    fd = os.dup(sock.detach())
-    os.dup2(fd, 10 + number, inheritable=True)
-    names.append(name)
-for number in (3, 4):
-    os.dup2(10 + number, number, inheritable=True)
-    os.close(10 + number)
-os.environ |= {"LISTEN_FDS": "2", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": ":".join(names)}
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-@pytest.mark.spec("PROXY-010")
-def test_socket_activation() -> None:
-    """The sockets are systemd's: used, not made, and left in place at the end."""
-    with resident(start=False) as server:
-        server.start(
-            command=[sys.executable, "-c", _ACTIVATE, str(server.directory), *server.command()]
-        )
-        inode = (server.directory / "launcher.sock").stat().st_ino
-        assert server.call("pass+vault+code+42").returncode == 42
-        assert server.call("pass+vault+mirror", b"hello").stdout == b"hello"
-        with server.control() as client:
-            eventually(lambda: client.status()["calls"] == 0)
-        assert server.stop() == 0
-        assert (server.directory / "launcher.sock").stat().st_ino == inode
-        assert not (server.directory / "control.sock").exists()
-        server.wait_for("STOPPING=1")
-
-
-def test_what_systemd_hands_over_is_read_once_and_only_by_its_process() -> None:
-    own = str(os.getpid())
-    for env, names in (
-        ({"LISTEN_FDS": "2", "LISTEN_PID": own, "LISTEN_FDNAMES": "raw"}, ["raw", ""]),
-        ({"LISTEN_FDS": "2", "LISTEN_PID": "1", "LISTEN_FDNAMES": "raw"}, []),
-        ({"LISTEN_FDS": "x", "LISTEN_PID": own}, []),
-        ({}, []),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            # Not the test's own descriptors 3 and 4.
-            patch.setattr(os, "set_inheritable", lambda fd, flag: None)
-            found = systemd.listen_fds(env)
-        assert found == [(name, 3 + place) for place, name in enumerate(names)]
-        assert not env
-
-
-def test_sockets_for_another_process_are_not_taken() -> None:
-    with resident(start=False) as server:
-        server.start(more={"LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "raw"})
-        assert server.call("pass+vault+mirror", b"hello").stdout == b"hello"
-
-
-# --- ending -----------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("PROXY-062")
-def test_sigterm_refuses_new_calls_and_lets_those_under_way_end() -> None:
-    with resident(start=False) as server:
-        server.start(command=patient(server))
-        process = server.launch("pass+vault+mirror")
-        process.stdin.write(b"hello")
-        process.stdin.flush()
-        assert process.stdout.read(5) == b"hello"
-        server.process.terminate()
-        server.wait_for("STOPPING=1")
-        assert server.call("pass+vault+mirror", b"x").returncode == 125
-        process.stdin.write(b"world")
-        process.stdin.close()
-        assert process.stdout.read() == b"world"
-        assert process.wait(DEADLINE) == 0
-        assert server.process.wait(DEADLINE) == 0
-        assert not list(server.directory.glob("*.sock"))
-
-
-def patient(server: Resident) -> list[str]:
-    """Return the command line of a server that gives calls under way far more than 5 s."""
-    code = (
-        "import asyncio, sys; from sluice.proxy.server import serve; "
-        "asyncio.run(serve(sys.argv[1], grace=600))"
-    )
-    return [sys.executable, "-c", code, str(server.qube.config)]
-
-
-@pytest.mark.alone
-@pytest.mark.spec("PROXY-062")
-def test_what_does_not_end_in_time_is_ended_and_all_is_gone() -> None:
-    """By the real time of 5 s; a far end that ignores SIGTERM included."""
-    with resident() as server:
-        server.qube.service("stubborn", "#!/bin/sh\ntrap '' TERM\necho up\nwhile :; do sleep 60; done\n")  # noqa: E501  # fmt: skip
-        process = server.launch("pass+vault+stubborn")
-        assert process.stdout.read(3) == b"up\n"
-        begun = time.monotonic()
-        server.process.terminate()
-        assert process.stdout.read() == b""
-        assert 4.5 < time.monotonic() - begun < 25
-        assert process.wait(DEADLINE) == 125
-        assert server.process.wait(DEADLINE) == 0
-        assert not left_over(server.qube)
-        assert [r["cause"] for r in server.qube.records()] == ["shutdown"]
-
-
-@pytest.mark.spec("PROXY-062")
-def test_a_second_sigterm_does_not_wait() -> None:
-    with resident(start=False) as server:
-        server.start(command=patient(server))
-        process = server.launch("pass+vault+mirror")
-        eventually(server.calls)
-        server.process.terminate()
-        server.wait_for("STOPPING=1")
-        server.process.terminate()
-        assert process.wait(DEADLINE) == 125
-        assert server.process.wait(DEADLINE) == 0
-
-
-def test_two_servers_in_one_place_and_a_socket_left_behind() -> None:
-    with resident() as server:
-        second = subprocess.run(
-            server.command(), env=server.environment(None), capture_output=True, timeout=60
-        )
-        assert second.returncode == 125 and b"listens on" in second.stderr
-        server.process.kill()
-        server.process.wait()
-        assert (server.directory / "launcher.sock").exists()
-        server.start()
-        assert server.call("pass+vault+mirror", b"x").stdout == b"x"
-
-
-# --- the configuration --------------------------------------------------------------------------
-
-
-@pytest.mark.spec("PROXY-014")
-def test_reload_keeps_calls_on_their_chain_and_an_invalid_change_keeps_the_old() -> None:
-    with resident(start=False) as server:
-        server.qube.configure("")
-        server.qube.chain("limit", "{ use = 'byte-limit', dst2src = 8 }")
-        server.start()
-        old = server.launch("limit+vault+mirror")
-        old.stdin.write(b"1234")
-        old.stdin.flush()
-        assert old.stdout.read(4) == b"1234"
-
-        server.notices.clear()
-        server.qube.configure(chain_text("limit", "{ use = 'byte-limit', dst2src = 2 }"))
-        server.wait_for("READY=1")
-        assert any("RELOADING=1" in notice for notice in server.notices)
-        assert server.call("limit+vault+mirror", b"123456").stdout == b"12"
-
-        server.notices.clear()
-        server.qube.chain("broken", "{ use = 'byte-limt' }")
-        server.wait_for("not read")
-        assert "did you mean 'byte-limit'" in server.qube.log()
-        assert f"{server.qube.config}:" in server.qube.log()
-        with server.control() as client:
-            assert "byte-limt" in client.status()["error"]
-            with pytest.raises(LocalError, match="byte-limt"):
-                client.reload()
-        assert server.call("limit+vault+mirror", b"123456").stdout == b"12"
-        assert server.call("broken+vault+mirror", b"123456").returncode == 125
-
-        old.stdin.write(b"5678ABC")
-        old.stdin.close()
-        assert old.stdout.read() == b"5678"
-        assert old.wait(DEADLINE) == 0
-
-        server.qube.configure(chain_text("new", "'pass'"))
-        eventually(lambda: server.call("new+vault+mirror", b"x").stdout == b"x")
-        with server.control() as client:
-            assert client.status()["error"] is None
-
-
-@pytest.mark.spec("PROXY-014")
-def test_files_that_are_added_and_sighup_are_heard() -> None:
-    with resident(start=False) as server:
-        main = server.directory / "etc"
-        (main / "proxy.d").mkdir(parents=True)
-        server.qube.config.rename(main / "proxy.toml")
-        server.qube.config = main
-        server.start()
-        server.notices.clear()
-        text = '[chains.{}]\nservices = "any"\ntargets = "any"\nfilters = []\n'
-        # At one stroke: a server that has read an empty file would say READY=1 as well.
-        (main / "proxy.d/one").write_text(text.format("one"))
-        (main / "proxy.d/one").rename(main / "proxy.d/one.toml")
-        server.wait_for("READY=1")
-        assert server.call("one+vault+mirror", b"x").stdout == b"x"
-        # Pointed to from elsewhere, so that nobody sees it change.
-        other = server.directory / "elsewhere.tml"
-        other.write_text(text.format("two"))
-        (main / "proxy.d/two.toml").symlink_to(other)
-        server.notices.clear()
-        server.process.send_signal(signal.SIGHUP)
-        server.wait_for("READY=1")
-        assert server.call("two+vault+mirror", b"x").stdout == b"x"
-
-
 # --- what there is to see -----------------------------------------------------------------------
 
 
@@ -642,87 +432,6 @@ def test_the_control_socket_survives_nonsense(server: Resident) -> None:
             assert stream.readline() == b""
 
 
-# --- bounds -------------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("PROXY-055")
-def test_one_source_cannot_use_up_the_places_of_the_others() -> None:
-    with resident(start=False) as server:
-        server.qube.configure("", "max_calls = 4\nmax_calls_source = 2\n")
-        server.qube.chain("pass", '"pass"')
-        server.start()
-        running = [server.launch("pass+vault+mirror", "work") for _ in range(2)]
-        eventually(lambda: len(server.calls()) == 2)
-        done = server.call("pass+vault+mirror", b"x", "work")
-        assert (done.returncode, done.stdout) == (126, b"")
-        assert "of 'work' are under way already" in server.qube.log()
-        assert server.call("pass+vault+mirror", b"x", "other").stdout == b"x"
-        running += [server.launch("pass+vault+mirror", name) for name in ("other", "third")]
-        eventually(lambda: len(server.calls()) == 4)
-        assert server.call("pass+vault+mirror", b"x", "fourth").returncode == 126
-        assert [r["cause"] for r in server.qube.records() if r["exit_code"]] == ["busy", "busy"]
-        for process in running:
-            process.stdin.close()
-            assert process.wait(DEADLINE) == 0
-        eventually(lambda: not server.calls())
-        assert server.call("pass+vault+mirror", b"x", "work").stdout == b"x"
-
-
-@pytest.mark.spec("PROXY-054")
-def test_256_calls_at_once_all_complete_and_one_more_is_refused_at_once() -> None:
-    with resident(start=False) as server:
-        server.qube.chain("raw", "{ use = 'byte-limit', src2dst = '1M' }", rules=RAW)
-        server.start()
-        before = server.descriptors()
-        socks = [
-            server.raw(f"qrexec-proxy+raw+vault+mirror s{number % 8}\0".encode())
-            for number in range(256)
-        ]
-        eventually(lambda: len(server.calls()) == 256, 60)
-        assert refused(server, b"qrexec-proxy+raw+vault+mirror other\0x")
-        assert len(server.calls()) == 256, "it was not made to wait for one to end"
-        for number, sock in enumerate(socks):
-            sock.sendall(b"%d" % number * 100)
-            sock.shutdown(socket.SHUT_WR)
-        for number, sock in enumerate(socks):
-            assert read_all(sock) == b"%d" % number * 100
-            sock.close()
-        eventually(lambda: not server.calls(), 60)
-        records = server.qube.records()
-        assert len(records) == 257 and len({r["id"] for r in records}) == 257
-        assert [r["cause"] for r in records].count("done") == 256
-        assert [r["cause"] for r in records].count("busy") == 1
-        eventually(lambda: not left_over(server.qube))
-        eventually(lambda: server.descriptors() <= before + 8, what="descriptors are given back")
-
-
-@pytest.mark.spec("PROXY-022")
-def test_idle_calls_cost_the_server_nothing() -> None:
-    """No wake-up while nothing happens, also of the watcher of the configuration."""
-    with resident(start=False) as server:
-        server.qube.chain("raw", "{ use = 'byte-limit', src2dst = '1M' }", rules=RAW)
-        server.start()
-        socks = [server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") for _ in range(10)]
-        assert [sock.recv(1) for sock in socks] == [b"x"] * 10
-
-        def wakeups() -> int:
-            """Return how often the server was woken; -1 while it has something to do."""
-            tasks = Path(f"/proc/{server.process.pid}/task")
-            texts = [(task / "status").read_text() for task in tasks.iterdir()]
-            if any(text.split("\nState:\t")[1][0] != "S" for text in texts):
-                return -1
-            return sum(
-                int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0]) for text in texts
-            )
-
-        eventually(lambda: -1 != wakeups() == (time.sleep(0.3), wakeups())[1])
-        before = wakeups()
-        time.sleep(1.5)
-        assert wakeups() == before
-        for sock in socks:
-            sock.close()
-
-
 def test_serve_tells_what_is_wrong_and_exits(server: Resident) -> None:
     with resident(start=False) as other:
         other.qube.chain("broken", "{ use = 'nothing' }")
@@ -733,6 +442,8 @@ def test_serve_tells_what_is_wrong_and_exits(server: Resident) -> None:
         assert done.returncode == 125 and b"unknown filter" in done.stderr
     assert alive(server.process.pid)
 
+
+# --- a filter that blocks -----------------------------------------------------------------------
 
 _SLOW = '''
 import time
@@ -785,44 +496,3 @@ def test_a_filter_that_blocks_gets_a_process_of_its_own(tmp_path: Path) -> None:
         assert names == ["slow"]
         slow.kill()
         eventually(lambda: not left_over(server.qube) and not server.calls())
-
-
-@pytest.mark.soak
-@pytest.mark.spec("PROXY-054")
-def test_256_launchers_at_once_all_complete() -> None:
-    with resident(start=False) as server:
-        server.start()
-        running = [server.launch("pass+vault+mirror", f"s{number % 8}") for number in range(256)]
-        eventually(lambda: len(server.calls()) == 256, 60)
-        assert server.call("pass+vault+mirror", b"x", "other").returncode == 126
-        for number, process in enumerate(running):
-            process.stdin.write(b"%d" % number)
-            process.stdin.close()
-        for number, process in enumerate(running):
-            assert process.stdout.read() == b"%d" % number
-            assert process.wait(30) == 0
-        assert len(server.qube.records()) == 257
-
-
-@pytest.mark.soak
-@pytest.mark.spec("PROXY-022")
-def test_a_thousand_idle_calls_cost_nothing() -> None:
-    with resident(start=False) as server:
-        server.qube.configure("", "max_calls = 1000\nmax_calls_source = 1000\n")
-        server.qube.chain("raw", "{ use = 'byte-limit', src2dst = '1M' }", rules=RAW)
-        server.start()
-        socks = [server.raw(b"qrexec-proxy+raw+vault+mirror work\0x") for _ in range(1000)]
-        assert all(sock.recv(1) == b"x" for sock in socks)
-        time.sleep(1)
-        fields = Path(f"/proc/{server.process.pid}/stat")
-
-        def ticks() -> int:
-            stat = fields.read_text().rsplit(")", 1)[1].split()
-            return int(stat[11]) + int(stat[12])
-
-        before = ticks()
-        time.sleep(10)
-        assert ticks() == before
-        for sock in socks:
-            sock.close()
-        eventually(lambda: not server.calls() and not left_over(server.qube), 60)

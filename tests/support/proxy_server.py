@@ -18,6 +18,8 @@ from tests.support.processes import alive
 from tests.support.proxy import ROOT, Vm, communicate, start_piped, vm
 
 LAUNCHER = ROOT / "src/sluice/bin/qrexec-proxy-launcher"
+# A chain that the raw socket may use for anything.
+RAW = 'services = "any"\ntargets = "any"\nrequire_exit_code = false\n'
 COMMAND = [sys.executable, "-c", "from sluice.cli.main import main; main()"]
 
 
@@ -115,6 +117,15 @@ class Resident:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
             self.process.wait()
+
+
+def refused(server: Resident, text: bytes) -> bool:
+    """Tell whether the raw socket closes the connection without a byte."""
+    try:
+        with server.raw(text) as sock:
+            return sock.recv(100) == b""
+    except (BrokenPipeError, ConnectionResetError):
+        return True
 
 
 def read_all(sock: socket.socket) -> bytes:
