@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sluice.domains.model import DomainConfig
-from sluice.domains.sandbox import limits
+from sluice.domains.sandbox import leftovers, limits
 from sluice.errors import LocalError
 
 MIB = 1 << 20
@@ -172,9 +172,9 @@ def test_only_members_are_ended(
     """A number that is not in the group any more when it is looked at again is somebody else's."""
     other = subprocess.Popen(["sleep", "1000"])
     looks = [{process.pid, other.pid, 999_999_999}, {process.pid}]
-    monkeypatch.setattr(limits, "_members", lambda group: looks.pop(0))
+    monkeypatch.setattr(leftovers, "_members", lambda group: looks.pop(0))
     try:
-        limits._kill_members(Path("/nowhere"))
+        leftovers._kill_members(Path("/nowhere"))
         assert process.wait(30) == -9
         assert other.poll() is None
     finally:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from sluice.domains.model import CLASSES, DOM0, HOST_TEMPLATE, LABELS, DomainConfig, name_error
 from sluice.domains.registry import Registry
+from sluice.domains.sandbox.limits import MAX_PIDS
 from sluice.domains.sandbox.process import own_user
 from sluice.domains.store import Store
 from sluice.domains.toml_file import read
@@ -29,7 +30,6 @@ KINDS = ("bubblewrap", "process")
 MAX_FILE = 1 << 20  # bytes of a file laid in a domain
 PIDS_FEATURE = "sandbox.pids-max"
 SANDBOX_FEATURES = (PIDS_FEATURE, "sandbox.allow-userns")
-MAX_PIDS = 4_194_304
 _TAG = re.compile(r"[A-Za-z0-9_.-]{1,128}\Z")
 _FEATURE = re.compile(r"[A-Za-z0-9_.-]{1,256}\Z")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}\Z")

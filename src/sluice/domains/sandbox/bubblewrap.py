@@ -44,7 +44,7 @@ from sluice.domains.sandbox.ids import (
     Slots,
     detect,
 )
-from sluice.domains.sandbox.leftovers import end_leftovers
+from sluice.domains.sandbox.leftovers import end_in_groups, end_leftovers
 from sluice.domains.sandbox.limits import (
     MAX_DESCRIPTORS,
     DomainLimits,
@@ -52,7 +52,6 @@ from sluice.domains.sandbox.limits import (
     label_of,
     probe,
     remove_groups,
-    sweep,
     wanted,
 )
 from sluice.domains.sandbox.namespaces import Namespaces
@@ -235,7 +234,7 @@ class Bubblewrap:
         self._controllers = probe(paths.state)
         self._name = f"bwrap:{label_of(paths.state)}"
         end_leftovers(self._name)
-        sweep(self._controllers)
+        end_in_groups(self._controllers)
 
     def privilege(self) -> str:
         """Say which user ids the domains have on the host."""

@@ -7,7 +7,8 @@ processes are in no control group yet, and others may not look at their environm
 What can be seen of them is their command line: so ``argv[0]`` of each bwrap names its system, by
 the directory itself and not only its path (``limits.label_of``), for we may see into containers.
 The next AdminVM holds the system's lock, so whoever still carries that name is a leftover. A domain
-that takes the name for a process of its own ends that process. docs/spec/core-stack.md 12.4.1.
+that takes the name for a process of its own ends that process. What is in the system's control
+groups is a leftover by the same right. docs/spec/core-stack.md 12.4.1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import os
 import select
 import signal
 import time
+from pathlib import Path
+
+from sluice.domains.sandbox.limits import Controllers
 
 PATIENCE = 2.0  # seconds that the kernel may take to end them
 
@@ -61,3 +65,43 @@ def _wait(handles: list[int]) -> None:
         for handle, _ in poll.poll(rest * 1000):
             poll.unregister(handle)
             left.discard(handle)
+
+
+def end_in_groups(controllers: Controllers) -> None:
+    """End what an earlier AdminVM of this system left in its groups, and remove those."""
+    for directory in controllers.directories():
+        with contextlib.suppress(OSError):
+            for entry in directory.iterdir():
+                if entry.is_dir():
+                    _kill_group(entry)
+                with contextlib.suppress(OSError):
+                    entry.rmdir()
+
+
+def _kill_group(group: Path) -> None:
+    try:
+        (group / "cgroup.kill").write_text("1")
+    except OSError:
+        _kill_members(group)  # version 1, or a kernel that cannot do it at once
+
+
+def _kill_members(group: Path) -> None:
+    handles: dict[int, int] = {}
+    try:
+        for pid in _members(group):
+            with contextlib.suppress(OSError):
+                handles[pid] = os.pidfd_open(pid)
+        # Who is in it still is the one that we hold: no number was given out anew meanwhile.
+        for pid in handles.keys() & _members(group):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(handles[pid], signal.SIGKILL)
+    finally:
+        for descriptor in handles.values():
+            os.close(descriptor)
+
+
+def _members(group: Path) -> set[int]:
+    try:
+        return set(map(int, (group / "cgroup.procs").read_text().split()))
+    except (OSError, ValueError):
+        return set()

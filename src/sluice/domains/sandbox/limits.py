@@ -15,7 +15,6 @@ import errno
 import hashlib
 import os
 import resource
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from sluice.errors import LocalError
 
 MIB = 1 << 20
 DEFAULT_PIDS = 4096
+MAX_PIDS = 1 << 22  # the kernel numbers no more
 CPU_PERIOD = 100_000  # microseconds
 MAX_DESCRIPTORS = 1024
 AGENT_DESCRIPTORS = 4096
@@ -52,7 +52,7 @@ def wanted(domain: DomainConfig) -> Wanted:
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     memory = (domain.maxmem or domain.memory) * MIB
     asked = domain.feature("sandbox.pids-max") or ""
-    pids = int(asked) if asked.isdigit() and 0 < int(asked) <= 4_194_304 else DEFAULT_PIDS
+    pids = int(asked) if asked.isdecimal() and 0 < int(asked) <= MAX_PIDS else DEFAULT_PIDS
     return Wanted(memory=min(memory, half), pids=min(pids, _share()), cpus=domain.vcpus)
 
 
@@ -65,7 +65,7 @@ def _share() -> int:
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() == 0 or soft == resource.RLIM_INFINITY:
-        return 1 << 22
+        return MAX_PIDS
     return max(soft // 4, 1)
 
 
@@ -360,40 +360,6 @@ def remove_groups(controllers: Controllers) -> None:
                 if entry.name != "sluice-adminvm":
                     with contextlib.suppress(OSError):
                         entry.rmdir()
-
-
-def sweep(controllers: Controllers) -> None:
-    """End what an earlier AdminVM of this system left in its groups, and remove those."""
-    for directory in controllers.directories():
-        with contextlib.suppress(OSError):
-            for entry in directory.iterdir():
-                if entry.is_dir() and not _write(entry / "cgroup.kill", 1):
-                    _kill_members(entry)
-                with contextlib.suppress(OSError):
-                    entry.rmdir()
-
-
-def _kill_members(group: Path) -> None:
-    """End what is in a group, where the kernel cannot do it at once."""
-    handles: dict[int, int] = {}
-    try:
-        for pid in _members(group):
-            with contextlib.suppress(OSError):
-                handles[pid] = os.pidfd_open(pid)
-        # Who is in it still is the one that we hold: no number was given out anew meanwhile.
-        for pid in handles.keys() & _members(group):
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(handles[pid], signal.SIGKILL)
-    finally:
-        for descriptor in handles.values():
-            os.close(descriptor)
-
-
-def _members(group: Path) -> set[int]:
-    try:
-        return set(map(int, (group / "cgroup.procs").read_text().split()))
-    except (OSError, ValueError):
-        return set()
 
 
 def _write(path: Path, value: int | str) -> bool:

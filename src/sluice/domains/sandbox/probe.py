@@ -65,8 +65,12 @@ def obstacles(findings: list[Finding], what: str) -> list[Finding]:
     """Return what stands in the way of ``bubblewrap``, ``process``, ``own-ids`` or ``limits``."""
     needed = {
         "bubblewrap": (
-            *("interpreter", "bubblewrap", "namespaces"),
-            *("user ids", "system-call filter", "libraries"),
+            "interpreter",
+            "bubblewrap",
+            "namespaces",
+            "user ids",
+            "system-call filter",
+            "libraries",
         ),
         "process": ("interpreter",),
         "own-ids": ("user ids",),
