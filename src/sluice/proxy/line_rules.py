@@ -42,8 +42,11 @@ class LineRules:
             self._all_allow = _compile(f"(?m)(?:(?:{_any_of(safe)})\n)*", whole_chunks=True)
         if self.by_chunk and deny:
             # One that finds a newline says no more than that each line is to be looked at.
-            narrow = [(_without_newline(pattern), pattern) for pattern in deny]
-            seen = [safe if _cannot_match_newline(safe) else pattern for safe, pattern in narrow]
+            narrow = [_without_newline(pattern) for pattern in deny]
+            seen = [
+                one if _cannot_match_newline(one) else pattern
+                for one, pattern in zip(narrow, deny, strict=True)
+            ]
             self._any_deny = _compile(f"(?m){_any_of(seen)}", whole_chunks=True)
 
     def all_pass(self, text: bytes, max_line: int) -> bool:
