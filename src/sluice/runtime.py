@@ -54,11 +54,6 @@ def program(name: str) -> "list[str]":
     return [launcher(name)]
 
 
-def path_with_launchers(path: str) -> str:
-    """Return the search path ``path`` with the directory of the launchers put first."""
-    return bin_directory() + (":" + path if path else "")
-
-
 def _candidates() -> "Iterable[str]":
     parent = os.path.dirname(package_directory())
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"

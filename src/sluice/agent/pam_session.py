@@ -35,7 +35,6 @@ PAM_CONV_ERR = 19
 PAM_SILENT = 0x8000
 PAM_ESTABLISH_CRED = 0x2
 PAM_DELETE_CRED = 0x4
-PAM_RHOST = 4
 PAM_TTY = 3
 # Seconds after the first signal in which all must have ended: the agent kills us a little later.
 LAST = 8

@@ -142,15 +142,6 @@ class Index:
                 positions += [n for sources in self._calls[key].values() for n in sources.rules]
         return [self._rules[position] for position in sorted(positions)]
 
-    def matching_but_target(
-        self, service: str, argument: str, source_facets: Collection[str]
-    ) -> list[int]:
-        """Return the positions of all rules that match but for the target column, in order."""
-        found: list[int] = []
-        for sources in self._sources(service, argument, source_facets):
-            found += sources.rules
-        return sorted(found)
-
     def offers(
         self, service: str, argument: str, source_facets: Collection[str]
     ) -> list[Trie[int]]:
