@@ -129,7 +129,8 @@ def test_a_caller_that_vanishes_ends_a_service_that_heeds_its_streams(
         driver.until(lambda: service.peer.messages if not busy else service.peer.received)
         service.peer.close()
         driver.until(lambda: service.results or service.fatals)
-        assert service.results == ([128 + signal.SIGPIPE] if busy else [21])
+        # A writer that waits for room just then is told of a reset: yes(1) complains, ends with 1.
+        assert service.results[0] in ((128 + signal.SIGPIPE, 1) if busy else (21,))
 
 
 @pytest.mark.spec("WIRE-198")
