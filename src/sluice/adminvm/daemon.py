@@ -293,7 +293,7 @@ class Daemon:
 
     def lost(self, endpoint: Endpoint, reason: str, broken: bool) -> None:
         """Note the end of the control channel."""
-        self.log(reason)
+        self.log(f"the agent broke the protocol: {reason}" if broken else reason)
         self._broken = broken
         self._handler.forget()
         self._lost.set()
