@@ -14,7 +14,7 @@ from sluice.proxy.compiled import load_fast
 from sluice.proxy.configuration import load
 from sluice.proxy.link import Call
 from sluice.proxy.model import RefusedError
-from sluice.proxy.paths import configuration_files
+from sluice.proxy.paths import audit_file, configuration_files
 from sluice.proxy.places import Places
 from sluice.proxy.units import parse_duration, parse_size, show_duration, show_size
 
@@ -334,3 +334,13 @@ def test_a_new_drop_in_file_is_noticed(tmp_path: Path) -> None:
     assert fast(tmp_path, str(tmp_path)) == (["one-way"], False)
     written(tmp_path, "[chains.b]\nfilters=[]\n", "proxy.d/20.toml")
     assert fast(tmp_path, str(tmp_path)) == (["one-way", "b"], False)
+
+
+def test_who_names_a_place_for_state_means_the_audit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system's own log that happens to be there is not written to by somebody's trial."""
+    monkeypatch.setattr("sluice.proxy.paths.os.path.isdir", lambda _: True)
+    monkeypatch.setattr("sluice.proxy.paths.os.access", lambda *_: True)
+    place = {"XDG_STATE_HOME": "/state", "HOME": "/home/user"}
+    assert audit_file("", place) == "/state/sluice/proxy/proxy.jsonl"
+    assert audit_file("", {"HOME": "/home/user"}) == "/rw/log/sluice/proxy.jsonl"
+    assert audit_file("/named", place) == "/named" and audit_file("none", place) is None

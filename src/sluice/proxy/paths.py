@@ -97,13 +97,17 @@ def state_directory(configured: str, env: Mapping[str, str] | None = None) -> st
 
 
 def audit_file(configured: str, env: Mapping[str, str] | None = None) -> str | None:
-    """Return where audit records go: as configured, the system's place, or the user's."""
+    """Return where audit records go: as configured, the system's place, or the user's.
+
+    Who names a place for state (XDG_STATE_HOME) means these records too.
+    """
     env = os.environ if env is None else env
     if configured:
         return None if configured == "none" else configured
-    for directory in ("/rw/log/sluice", "/var/log/sluice"):
-        if os.path.isdir(directory) and os.access(directory, os.W_OK):
-            return directory + "/proxy.jsonl"
-    if os.geteuid() == 0 and not env.get("XDG_STATE_HOME"):
-        return "/var/log/sluice/proxy.jsonl"
+    if not env.get("XDG_STATE_HOME"):
+        for directory in ("/rw/log/sluice", "/var/log/sluice"):
+            if os.path.isdir(directory) and os.access(directory, os.W_OK):
+                return directory + "/proxy.jsonl"
+        if os.geteuid() == 0:
+            return "/var/log/sluice/proxy.jsonl"
     return state_directory("", env) + "/proxy.jsonl"
