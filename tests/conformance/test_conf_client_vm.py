@@ -329,16 +329,6 @@ def test_behind_a_proxy_it_may_be_the_service_that_is_missing(place: Place) -> N
     )
 
 
-def test_behind_a_proxy_a_refusal_comes_as_a_status(place: Place) -> None:
-    caller = Caller(place, "vm", "qrexec-proxy+chain+vault+test.S")
-    caller.allow()
-    caller.finish(126)
-    assert caller.end()[2] == (
-        b"qrexec-client-vm: status 126: the proxy or the policy behind it refused"
-        b" qrexec-proxy+chain+vault+test.S; its log says why\n"
-    )
-
-
 @pytest.mark.parametrize("remote", [125, 127])
 @pytest.mark.parametrize("kind", [STDOUT, STDERR])
 def test_a_service_that_spoke_was_there(place: Place, remote: int, kind: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from sluice.wire.messages import EXIT_FAILURE, EXIT_LOCAL_FAILURE, EXIT_NOT_FOUND, EXIT_REFUSED
+from sluice.wire.messages import EXIT_FAILURE, EXIT_LOCAL_FAILURE, EXIT_NOT_FOUND
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,13 +59,10 @@ def write_error(text: str) -> None:
 def explain_silence(channel: DataChannel, service: bytes, target: str) -> str:
     """Say what a caller knows of a call that failed without a word; empty for others.
 
-    A service may end with these codes by its own will: one that wrote anything has begun. 126 is
-    told of calls through the proxy alone, which refuses by it; a refusal of policy comes otherwise.
+    A service may end with 125 or 127 by its own will: one that wrote anything has begun.
     """
     code = channel.state.remote_status
-    proxied = service.startswith(b"qrexec-proxy+")
-    told = (EXIT_FAILURE, EXIT_NOT_FOUND, EXIT_REFUSED if proxied else EXIT_FAILURE)
-    if not channel.lost and (code not in told or channel.spoken):
+    if not channel.lost and (code not in (EXIT_FAILURE, EXIT_NOT_FOUND) or channel.spoken):
         return ""
     # A module that no call in order needs.
     from sluice.wire.names import escape
@@ -74,10 +71,9 @@ def explain_silence(channel: DataChannel, service: bytes, target: str) -> str:
     if channel.lost:
         return f"the connection was lost before the exit status of {name} came"
     if code == EXIT_NOT_FOUND:
+        proxied = service.startswith(b"qrexec-proxy+")
         behind = ", or what the proxy called has not" if proxied else ""
         return f"status {code}: {target} has no service {name}{behind}"
-    if code == EXIT_REFUSED:
-        return f"status {code}: the proxy or the policy behind it refused {name}; its log says why"
     return f"status {code}: {target} could not start {name}; its log says why"
 
 
