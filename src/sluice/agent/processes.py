@@ -15,6 +15,8 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # it has no stub
 import os
 
+from sluice.agent.procfs import stat_fields
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,8 +188,7 @@ def parents(pid: int) -> list[int]:
     chain: list[int] = []
     while pid > 1 and len(chain) < 64:
         try:
-            with open(f"/proc/{pid}/stat", "rb") as stat:
-                fields = stat.read(4096).rpartition(b") ")[2].split()
+            fields = stat_fields(pid)
         except OSError:
             break
         pid = int(fields[1])

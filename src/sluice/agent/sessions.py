@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 
+from sluice.agent.procfs import stat_fields
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from sluice.flow.reactor import Loop
@@ -27,8 +29,7 @@ def members(session: int) -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", "rb") as stat:
-                    fields = stat.read(4096).rpartition(b") ")[2].split()
+                fields = stat_fields(name)
             except OSError:
                 continue  # ended meanwhile
             if int(fields[3]) == session and fields[0] != b"Z":

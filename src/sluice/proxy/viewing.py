@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from sluice.agent.procfs import stat_fields
 from sluice.proxy import recording
 from sluice.proxy.units import show_size
 from sluice.wire.names import escape
@@ -178,8 +179,7 @@ def _program_call(pid: int, uid: int) -> dict[str, Any] | None:
             return None
         with open(f"/proc/{pid}/environ", "rb") as stream:
             environment = stream.read(1 << 17).split(b"\0")
-        with open(f"/proc/{pid}/stat", "rb") as stream:
-            ticks = int(stream.read().rpartition(b")")[2].split()[19])
+        ticks = int(stat_fields(pid)[19])
         name = parse_call_name(words[-1])
     except (OSError, CallNameError, ValueError, IndexError):
         return None

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sluice import runtime
 from sluice.agent.inside import furnish
+from sluice.agent.procfs import stat_fields
 from sluice.domains.model import DomainConfig
 from sluice.domains.paths import Paths
 from sluice.domains.sandbox import etc, mounts, stage
@@ -62,8 +63,7 @@ def _may_be_starting(pid: str) -> bool:
     For that moment its new environment is not in place yet, so that it seems to have none. Kernel
     threads and zombies never have one. Raises OSError when it is gone.
     """
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
+    fields = stat_fields(pid)
     if fields[0] in (b"Z", b"X") or int(fields[6]) & _KERNEL_THREAD:
         return False
     start, end = fields[47:49]  # where the environment lies: nowhere, or a place without length?

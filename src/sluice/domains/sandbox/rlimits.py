@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from pathlib import Path
+
+from sluice.agent.procfs import stat_fields
 
 # A crash of a process with this limit of core files goes to nobody. Any other value, 0 too, would
 # hand it to the program that the host's core_pattern may name, which runs as the host's root and
@@ -61,8 +62,7 @@ def _below(agent: int) -> set[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                stat = Path(f"/proc/{entry}/stat").read_text("utf-8", "replace")
-                parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+                parents[int(entry)] = int(stat_fields(entry)[1])
     found: set[int] = set()
     todo = {agent}
     while todo:
