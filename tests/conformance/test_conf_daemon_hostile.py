@@ -179,8 +179,8 @@ def test_a_target_daemon_that_is_slow_to_accept_is_waited_for(daemon: DaemonHarn
     assert {struct.unpack_from("<I", agent.expect(SERVICE_CONNECT), 4)[0] for _ in ports} == ports
 
 
-@pytest.mark.spec("WIRE-107")
-def test_a_disposable_must_have_a_name(daemon: DaemonHarness) -> None:
+def making_a_disposable(daemon: DaemonHarness) -> tuple[socket.socket, Wire, Wire]:
+    """Have a call wait for its disposable: qubesd, the agent, and the request to make it."""
     qubesd = daemon.qubesd()
     agent = daemon.start()
     policy = daemon.policy()
@@ -188,6 +188,12 @@ def test_a_disposable_must_have_a_name(daemon: DaemonHarness) -> None:
     answer(policy, allow(target="@dispvm:dvm", autostart="True"))
     conn = daemon.keep(accept(qubesd))
     qubesd_call(conn)
+    return qubesd, agent, conn
+
+
+@pytest.mark.spec("WIRE-107")
+def test_a_disposable_must_have_a_name(daemon: DaemonHarness) -> None:
+    qubesd, agent, conn = making_a_disposable(daemon)
     conn.send(b"0\0")
     conn.close()
     agent.expect(SERVICE_REFUSED)
@@ -198,13 +204,7 @@ def test_a_disposable_must_have_a_name(daemon: DaemonHarness) -> None:
 
 @pytest.mark.spec("WIRE-107", "WIRE-117")
 def test_a_disposable_for_an_agent_that_is_gone_is_not_started(daemon: DaemonHarness) -> None:
-    qubesd = daemon.qubesd()
-    agent = daemon.start()
-    policy = daemon.policy()
-    agent.send(trigger4())
-    answer(policy, allow(target="@dispvm:dvm", autostart="True"))
-    conn = daemon.keep(accept(qubesd))
-    qubesd_call(conn)
+    qubesd, agent, conn = making_a_disposable(daemon)
     agent = restart(daemon, agent)
     conn.send(b"0\0disp1")
     conn.close()
@@ -215,13 +215,7 @@ def test_a_disposable_for_an_agent_that_is_gone_is_not_started(daemon: DaemonHar
 @pytest.mark.alone
 @pytest.mark.spec("WIRE-107")
 def test_a_disposable_that_is_made_while_we_end_is_killed(daemon: DaemonHarness) -> None:
-    qubesd = daemon.qubesd()
-    agent = daemon.start()
-    policy = daemon.policy()
-    agent.send(trigger4())
-    answer(policy, allow(target="@dispvm:dvm", autostart="True"))
-    conn = daemon.keep(accept(qubesd))
-    qubesd_call(conn)
+    qubesd, _agent, conn = making_a_disposable(daemon)
     assert daemon.process is not None
     daemon.process.terminate()
     wait_until(lambda: not daemon.names(), "the removal of the sockets")

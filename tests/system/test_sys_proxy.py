@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 
 import pytest
-from tests.support.system import Running, make_system
+from tests.support.system import Running, make_system, unsaid
 
 pytestmark = [pytest.mark.sandbox]
 
@@ -83,12 +82,6 @@ def call(running: Running, name: str, data: str = "") -> tuple[int, str]:
 def test_a_call_reaches_the_service_with_its_argument_from_the_proxy(running: Running) -> None:
     assert call(running, "pass+vault+test.Echo", "hello") == (0, "hello")
     assert call(running, "pass+vault+test.Argument+a+b") == (0, "a+b from proxy\n")
-
-
-def unsaid(result: tuple[int, str]) -> tuple[int, str]:
-    """Leave away what the client itself says of a call that fails without a word."""
-    code, text = result
-    return code, re.sub(r"\Aqrexec-client-vm: status \d+: .*\n\Z", "", text)
 
 
 @pytest.mark.spec("PROXY-012", "PROXY-008")

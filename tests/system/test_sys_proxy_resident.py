@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.support.proxy import eventually
-from tests.support.system import Running, make_system
-from tests.system.test_sys_proxy import unsaid
+from tests.support.system import Running, make_system, unsaid
 
 pytestmark = [pytest.mark.sandbox]
 
